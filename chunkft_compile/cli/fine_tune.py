@@ -1,0 +1,162 @@
+"""One fine-tuning run from files to files. `chunkft train` and the demo both call `fine_tune`."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chunkft_compile.budget import format_nbytes, parse_budget
+from chunkft_compile.cli.loop import LoopConfig, perplexity, train
+from chunkft_compile.cli.memory import PeakWatch
+from chunkft_compile.cli.options import pick_device
+from chunkft_compile.cli.planned import PlanConfig, planned_model, say
+from chunkft_compile.data import Example, Sequences, encode, read_examples, shuffled_batches, split
+from chunkft_compile.pretrained import check_model, check_out, load_tokenizer, save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# state that stays on the device is complete only after a whole sweep
+MEASURED_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run, in the words of `chunkft train --help`. `steps` overrides `epochs`; `eval_data` overrides `eval_fraction`."""
+
+    model: Path
+    data: Path
+    budget: str | int
+    out: Path
+    eval_data: Path | None = None
+    eval_fraction: float = 0.05
+    eval_sequences: int = 64
+    overwrite: bool = False
+    epochs: float = 1.0
+    steps: int | None = None
+    batch: int = 1
+    seq: int = 512
+    accumulate: int = 1
+    lr: float = 2e-5
+    warmup: int | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+    seed: int = 0
+    solve_seconds: float = 5.0
+    measure: bool = False
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What came out. `plain_nbytes` is computed, `measured_nbytes` is None where nothing was measured."""
+
+    perplexity_before: float | None
+    perplexity_after: float | None
+    losses: tuple[float, ...]
+    sweep_steps: int
+    budget_nbytes: int
+    predicted_nbytes: int
+    measured_nbytes: int | None
+    plain_nbytes: int
+    train_s: float
+    out: Path
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Everything that could be found wrong before a model is loaded, found right."""
+
+    device: torch.device
+    budget_nbytes: int
+    examples: list[Example]
+    eval_examples: list[Example] | None
+
+
+def fine_tune(config: TrainConfig) -> TrainReport:
+    """Train, score before and after, save. Raises `ValueError` for bad input, `BudgetError` if no plan fits."""
+    files = _check(config)
+    tokenizer = load_tokenizer(config.model)
+    data, held_out = _sequences(config, files, tokenizer)
+    batches = shuffled_batches(data, config.batch, seed=config.seed)
+    loop = _loop_config(config, files.budget_nbytes, len(data))
+    torch.manual_seed(config.seed)
+    model, plain_nbytes = _compile(config, files, loop.steps)
+
+    before = _score(model, held_out, files.device, config.batch, "before")
+    ignore = [tensor for part in (data, held_out) if part is not None for tensor in (part.input_ids, part.labels)]
+    measured_steps = min(loop.steps - 1, MEASURED_SWEEPS * len(model.schedule.steps)) if config.measure else 0
+    watch = PeakWatch(
+        files.device, measured_steps=measured_steps, weights=[*model.module.parameters(), *model.module.buffers()], ignore=ignore
+    )
+    start = time.perf_counter()
+    losses = train(model, batches, files.device, loop, watch)
+    seconds = time.perf_counter() - start
+    after = _score(model, held_out, files.device, config.batch, "after")
+
+    save_model(model, tokenizer, config.out)
+    say(f"saved {config.out}")
+    schedule = model.schedule
+    sizes = (files.budget_nbytes, schedule.peak_nbytes, watch.peak_nbytes, plain_nbytes)
+    return TrainReport(before, after, tuple(losses), len(schedule.steps), *sizes, seconds, config.out)
+
+
+def _check(config: TrainConfig) -> _Files:
+    device = pick_device(config.device)
+    budget = parse_budget(config.budget, device)
+    examples = read_examples(config.data)
+    eval_examples = None if config.eval_data is None else read_examples(config.eval_data)
+    check_model(config.model)
+    if config.out.resolve() == config.model.resolve():
+        raise ValueError(f"output directory {config.out} is the model itself: pass another --out")
+    check_out(config.out, overwrite=config.overwrite)
+    return _Files(device, budget, examples, eval_examples)
+
+
+def _sequences(config: TrainConfig, files: _Files, tokenizer: "PreTrainedTokenizerBase") -> tuple[Sequences, Sequences | None]:
+    packed = config.data.suffix == ".txt"
+    data = encode(files.examples, tokenizer, length=config.seq, packed=packed)
+    held_out: Sequences | None
+    if config.eval_data is not None and files.eval_examples is not None:
+        scored = encode(files.eval_examples, tokenizer, length=config.seq, packed=config.eval_data.suffix == ".txt")
+        train_data, held_out = data, scored.part(slice(config.eval_sequences))
+    else:
+        train_data, held_out = split(data, config.eval_fraction, most=config.eval_sequences, seed=None if packed else config.seed)
+    say(f"data: {len(train_data)} sequences of {config.seq} tokens, {len(held_out or ())} held out")
+    if data.dropped or data.cut:
+        say(f"data: {data.dropped} examples dropped (no answer within {config.seq} tokens), {data.cut} cut to {config.seq} tokens")
+    return train_data, held_out
+
+
+def _loop_config(config: TrainConfig, budget_nbytes: int, sequences: int) -> LoopConfig:
+    an_epoch = sequences // config.batch / config.accumulate
+    steps = config.steps if config.steps is not None else max(1, int(config.epochs * an_epoch))
+    warmup = config.warmup if config.warmup is not None else steps // 20
+    if warmup >= steps:
+        raise ValueError(f"--warmup {warmup} leaves none of the {steps} steps at the full learning rate: lower it")
+    return LoopConfig(steps, config.accumulate, config.lr, warmup, config.weight_decay, config.clip, budget_nbytes)
+
+
+def _compile(config: TrainConfig, files: _Files, steps: int) -> tuple[Any, int]:
+    """The compiled model, planned for the shape of every batch to come, and the peak of plain AdamW for the same."""
+    shape = (config.batch, config.seq, config.accumulate)
+    model, plain_nbytes = planned_model(
+        PlanConfig(config.model, files.budget_nbytes, files.device, config.dtype, *shape, config.solve_seconds, config.seed)
+    )
+    sweep, peak = len(model.schedule.steps), format_nbytes(model.schedule.peak_nbytes)
+    say(f"plan: {sweep} steps a sweep, predicted peak {peak} of {format_nbytes(files.budget_nbytes)}")
+    say(f"plan: plain AdamW needs {format_nbytes(plain_nbytes)} (computed)")
+    if steps < sweep:
+        say(f"note: {steps} steps do not complete a sweep of {sweep}; some parameters keep their values")
+    return model, plain_nbytes
+
+
+def _score(model: Any, held_out: Sequences | None, device: torch.device, batch: int, when: str) -> float | None:
+    if held_out is None:
+        return None
+    score = perplexity(model, held_out, device, batch=batch, when=when)
+    say(f"held-out perplexity {when}: {score:.2f}")
+    return score

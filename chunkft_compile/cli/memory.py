@@ -1,0 +1,83 @@
+"""What a run really takes, for the live line and the report."""
+
+import gc
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from chunkft_compile.runtime.meter import PeakMeter
+
+_STATM = Path("/proc/self/statm")
+
+
+def rss_nbytes() -> int | None:
+    """Resident memory of this process, where the system tells: everything, with libraries and files that are mapped."""
+    if not _STATM.exists():
+        return None
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def live_nbytes(device: torch.device, *, weights: Iterable[torch.Tensor] = (), ignore: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes on `device` of `weights` and of every storage made by the allocator that some tensor refers to, without `ignore`.
+
+    Weights count even where they are a mapped file; other mapped files (the store of optimizer state) do not. Slow (it visits every
+    Python object) and right between steps only: inside one, autograd holds tensors that Python cannot see.
+    """
+    counted = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    skipped = {tensor.untyped_storage().data_ptr() for tensor in ignore}
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        # type(), because isinstance() asks lazy module proxies for their class and makes them import things; exactly these two,
+        # because subclasses are fake (no memory) or made of plain tensors, which are counted themselves
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout is torch.strided and thing.device.type == device.type:
+            storage = thing.untyped_storage()
+            with suppress(RuntimeError):  # what tracing leaves behind can look plain and have no memory
+                pointer = storage.data_ptr()
+                if pointer in counted or (storage.resizable() and pointer not in skipped):  # foreign memory cannot be resized
+                    found[pointer] = storage.nbytes()
+    return sum(found.values())
+
+
+class PeakWatch:
+    """Context manager around a training loop that calls `count_step()`: the most device memory any step used, None until known.
+
+    An accelerator counts by itself, in every step. The CPU does not: there `measured_steps` steps run under torch's profiler,
+    from the second one on, because in the first the engine itself measures the optimizer, and measurements cannot overlap.
+    Tensors in `ignore` (the data set) are not what a budget covers.
+    """
+
+    def __init__(
+        self, device: torch.device, *, measured_steps: int, weights: Iterable[torch.Tensor] = (), ignore: Iterable[torch.Tensor] = ()
+    ) -> None:
+        self.peak_nbytes: int | None = None
+        self._device = device
+        self._weights, self._ignore = tuple(weights), tuple(ignore)
+        self._measured_steps = measured_steps if device.type == "cpu" else 0
+        self._steps = 0
+        self._session = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session.close()
+
+    def count_step(self) -> None:
+        """One step is over."""
+        self._steps += 1
+        if self._device.type != "cpu":
+            self.peak_nbytes = torch.accelerator.max_memory_allocated(self._device)
+        elif self._measured_steps and self._steps == 1:
+            # One session over all steps: the profiler does not report the end of a block that an earlier session saw allocated.
+            self._before_nbytes = live_nbytes(self._device, weights=self._weights, ignore=self._ignore)
+            self._meter = self._session.enter_context(PeakMeter(self._device))
+        elif self._measured_steps and self._steps == 1 + self._measured_steps:
+            self._session.close()
+            self.peak_nbytes = self._before_nbytes + self._meter.peak_nbytes

@@ -1,0 +1,55 @@
+"""Load, compile and plan: what `chunkft plan` shows and `chunkft train` starts with."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import chunkft_compile
+from chunkft_compile.budget import format_nbytes
+from chunkft_compile.pretrained import load_weights
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A model, the shape of its batches, and the budget it has to stay within."""
+
+    model: Path
+    budget_nbytes: int
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    seq: int
+    accumulate: int
+    solve_seconds: float
+    seed: int
+
+
+def planned_model(config: PlanConfig) -> tuple[Any, int]:
+    """The compiled model with its schedule solved, and the peak of plain AdamW on the same batch (computed)."""
+    say(f"loading {config.model}")
+    network = load_weights(config.model, config.dtype, config.device)
+    positions = getattr(network.config, "max_position_embeddings", config.seq)
+    if config.seq > positions:
+        raise ValueError(f"--seq {config.seq} is longer than the {positions} positions of {config.model}")
+    say(f"planning for {format_nbytes(config.budget_nbytes)}, batches of {config.batch} x {config.seq} tokens")
+    model = chunkft_compile.compile(
+        network,
+        budget=config.budget_nbytes,
+        accumulation=config.accumulate > 1,
+        solve_seconds=config.solve_seconds,
+        seed=config.seed,
+    )
+    model.train()
+    # memory and time depend on the shape of a batch, not on which tokens it holds
+    ids = torch.zeros(config.batch, config.seq, dtype=torch.int64, device=config.device)
+    batch = {"input_ids": ids, "labels": ids}
+    model.plan(**batch)
+    return model, model.plain_peak_nbytes(**batch)
+
+
+def say(line: str) -> None:
+    """Progress is for people and goes where the progress bar goes."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,180 @@
+"""Everything compiled for one input signature: the planner's `Problem`, and the exact `Program` of any step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import fx, nn
+
+from chunkft_compile.assembly import Assembled, Rows, Update, assemble
+from chunkft_compile.capture import Capture
+from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.liveness import Footprint, storages
+from chunkft_compile.lowering import Lowering
+from chunkft_compile.planner.problem import Chunk as SizedChunk
+from chunkft_compile.planner.problem import Problem, Schedule, Step
+from chunkft_compile.planner.program import simulate
+from chunkft_compile.probing import Probe, probe
+from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
+from chunkft_compile.runtime.optimizers import OptimizerCost
+from chunkft_compile.segments import cut
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What does not depend on the batch: the chunks, the optimizer's costs, the store's speed, the budget."""
+
+    budget_nbytes: int
+    chunks: tuple[Chunk, ...]
+    optimizer: OptimizerCost
+    link_bytes_per_s: int
+
+    def state_nbytes(self, number: int) -> int:
+        """Optimizer state of a chunk that can leave the device."""
+        return self.optimizer.of_layout[_layout(self.chunks[number])].state_nbytes
+
+    @property
+    def counter_nbytes(self) -> int:
+        """Optimizer state that stays: step counters of all chunks."""
+        return sum(self.optimizer.of_layout[_layout(chunk)].counter_nbytes for chunk in self.chunks)
+
+
+class Compiled:
+    """One captured signature. `fixed_nbytes` live throughout a step: see `fixed_nbytes()`."""
+
+    def __init__(self, capture: Capture, fixed_nbytes: int, costs: OperatorCosts, setting: Setting) -> None:
+        self.capture = capture
+        self.setting = setting
+        self.base_nbytes = fixed_nbytes + setting.counter_nbytes
+        self._fixed_nbytes = fixed_nbytes
+        self._costs = costs
+        self._lowering = Lowering(capture, cut(capture))
+        self._programs: dict[object, Assembled] = {}
+        self._peaks: dict[Assembled, int] = {}
+
+    def under(self, setting: Setting) -> "Compiled":
+        """The same signature with other chunks."""
+        return Compiled(self.capture, self._fixed_nbytes, self._costs, setting)
+
+    @property
+    def segment_names(self) -> tuple[str, ...]:
+        """Names of the segments, in forward order."""
+        return tuple(segment.name for segment in self._lowering.segments)
+
+    def rows(self, number: int) -> Rows:
+        """A chunk as assembly wants it."""
+        chunk = self.setting.chunks[number]
+        return Rows(chunk.param, chunk.start, chunk.stop, chunk.size)
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return probe(self._lowering, [self.rows(i) for i in range(len(self.setting.chunks))], self._costs)
+
+    def problem(self, *, accumulating: bool) -> Problem:
+        """The planner's question for this signature."""
+        found, setting = self._probe, self.setting
+        chunks = []
+        for number, chunk in enumerate(setting.chunks):
+            cost = setting.optimizer.of_layout[_layout(chunk)]
+            sized = found.chunks[number]
+            update = cost.state_nbytes + cost.transient_nbytes
+            chunks.append(SizedChunk(chunk.name, sized.segment, sized.first, sized.grad_nbytes, cost.state_nbytes, update, sized.grad_us))
+        static = self.base_nbytes + found.shared_nbytes + _outputs_nbytes(self.capture)
+        return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, setting.link_bytes_per_s)
+
+    def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
+        """The exact program of a step."""
+        key = (step.chunks, step.options, tuple(resident), accumulating)
+        if key not in self._programs:
+            self._programs[key] = self._assemble(step, frozenset(resident), accumulating=accumulating)
+        return self._programs[key]
+
+    def peak_nbytes(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> int:
+        """The exact peak of a step."""
+        assembled = self.program(step, resident=resident, accumulating=accumulating)
+        if assembled not in self._peaks:
+            self._peaks[assembled] = simulate(assembled.program).peak_nbytes
+        return self._peaks[assembled]
+
+    def exact(self, schedule: Schedule, *, accumulating: bool) -> Schedule:
+        """`schedule` with the exact peak and time of every step in place of the planner's bound."""
+        steps = []
+        for step in schedule.steps:
+            timeline = simulate(self.program(step, resident=schedule.resident, accumulating=accumulating).program)
+            steps.append(replace(step, peak_nbytes=timeline.peak_nbytes, us=timeline.us))
+        return replace(schedule, steps=tuple(steps))
+
+    def plain_peak_nbytes(self) -> int:
+        """Peak of plain training on the same graph: all gradients dense, all state of the same optimizer on the device."""
+        graph = self.capture.graph
+        self._costs.measure([graph])
+        setting = self.setting
+        layouts = [_layout(chunk) for chunk in setting.chunks]
+        state = sum(setting.state_nbytes(i) for i in range(len(layouts)))
+        gradients = sum(chunk.nbytes for chunk in setting.chunks)
+        backward = Footprint(graph).transient_nbytes(frozenset(), self._costs.temporary_nbytes)
+        return self.base_nbytes + state + max(backward, gradients + setting.optimizer.transient_nbytes(layouts))
+
+    def _assemble(self, step: Step, resident: frozenset[int], *, accumulating: bool) -> Assembled:
+        chunks = {number: self.rows(number) for number in step.chunks}
+        state = {number: self.setting.state_nbytes(number) for number in range(len(self.setting.chunks))}
+        groups = self._groups(step.chunks, resident)
+        layouts = [[_layout(self.setting.chunks[number]) for number in group] for group in groups]
+        update = Update(
+            groups,
+            tuple(self.setting.optimizer.transient_nbytes(group) for group in layouts),
+            resident,
+            state,
+            lambda number: round(2e6 * state[number] / self.setting.link_bytes_per_s),
+        )
+
+        return assemble(
+            self._lowering,
+            chunks,
+            step.options,
+            base_nbytes=self.base_nbytes + sum(state[number] for number in resident),
+            grad_nbytes={number: self._probe.chunks[number].grad_nbytes for number in chunks},
+            costs=self._costs,
+            update=update,
+            accumulating=accumulating,
+        )
+
+    def _groups(self, numbers: Sequence[int], resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+        """Chunks stepped together: as many as fit in the bytes that the largest one needs alone."""
+        setting = self.setting
+
+        def nbytes(group: Sequence[int]) -> int:
+            moving = sum(setting.state_nbytes(number) for number in group if number not in resident)
+            return moving + setting.optimizer.transient_nbytes([_layout(setting.chunks[number]) for number in group])
+
+        window = max(nbytes([number]) for number in numbers)
+        groups: list[list[int]] = [[]]
+        for number in numbers:
+            if groups[-1] and nbytes([*groups[-1], number]) > window:
+                groups.append([])
+            groups[-1].append(number)
+        return tuple(tuple(group) for group in groups)
+
+
+def fixed_nbytes(model: nn.Module, capture: Capture, batch: Sequence[torch.Tensor]) -> int:
+    """Weights, buffers, the batch, constants of the graph, and the gradients that arrive for the outputs."""
+    tensors = [*model.parameters(), *model.buffers(), *batch, *capture.constants.values()]
+    return storage_nbytes(tensors) + _outputs_nbytes(capture)
+
+
+def _layout(chunk: Chunk) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(chunk.leaf.shape), chunk.leaf.dtype
+
+
+def _outputs_nbytes(capture: Capture) -> int:
+    found: dict[int, int] = {}
+    for node in capture.outputs:
+        if isinstance(node, fx.Node) and node.op == "call_function":
+            found |= storages(node.meta["val"])
+    return sum(found.values())
+
+
+def layouts_of(chunks: Sequence[Chunk]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each chunk."""
+    return [_layout(chunk) for chunk in chunks]

@@ -1,0 +1,148 @@
+"""What single operators cost on the device at hand: seconds, and bytes they take and give back while they run.
+
+Graph liveness sees the results of operators, not the scratch inside them (a bf16 mean makes an fp32 copy of its input). Both
+figures depend on the operator, its arguments' layouts and the thread count only, so each distinct call is run once.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from chunkft_compile.liveness import storages
+from chunkft_compile.runtime.meter import CallCost, measure_calls
+
+_SIGNATURE = "chunkft_signature"  # key in a node's meta
+_VIEW_US = 3  # a view makes no bytes; this is the dispatch
+
+
+class OperatorCosts:
+    """A table of measured calls on one device, filled when asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._table: dict[object, CallCost] = {}
+        self._graph_us: dict[fx.Graph, int] = {}
+
+    def measure(self, graphs: Iterable[fx.Graph]) -> None:
+        """Run every call of `graphs` that is not in the table yet."""
+        pending: dict[object, fx.Node] = {}
+        for graph in graphs:
+            for node in graph.nodes:
+                if _is_measured(node) and _signature(node) not in self._table:
+                    pending.setdefault(_signature(node), node)
+        arena = _Arena(self.device)
+        for node in pending.values():
+            arena.reserve(node)
+        calls = [_call(node, arena) for node in pending.values()]
+        self._table.update(zip(pending, measure_calls(calls, self.device), strict=True))
+
+    def temporary_nbytes(self, node: fx.Node) -> int:
+        """Most bytes inside the call beyond its results."""
+        if not _is_measured(node):
+            return 0
+        cost = self._table[_signature(node)]
+        return max(0, cost.peak_nbytes - cost.end_nbytes)
+
+    def us(self, node: fx.Node) -> int:
+        """Microseconds of the call."""
+        if node.op != "call_function" or node.target is operator.getitem:
+            return 0
+        return round(self._table[_signature(node)].seconds * 1e6) if _is_measured(node) else _VIEW_US
+
+    def graph_us(self, graph: fx.Graph) -> int:
+        """Microseconds of all calls of a graph."""
+        if graph not in self._graph_us:
+            self._graph_us[graph] = sum(self.us(node) for node in graph.nodes)
+        return self._graph_us[graph]
+
+
+def _is_measured(node: fx.Node) -> bool:
+    """Calls that make bytes; views and tuple items do not."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    before = {storage for source in node.all_input_nodes for storage in storages(source.meta.get("val"))}
+    return any(storage not in before for storage in storages(node.meta.get("val")))
+
+
+def _signature(node: fx.Node) -> object:
+    """Equal for calls that cost the same."""
+    if _SIGNATURE not in node.meta:
+        node.meta[_SIGNATURE] = _sign_call(node)
+    return node.meta[_SIGNATURE]
+
+
+def _sign_call(node: fx.Node) -> object:
+
+    def sign(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            value = argument.meta["val"]
+            tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            return tuple((tuple(t.shape), t.stride(), t.dtype, t.storage_offset()) for t in tensors) if tensors else value
+        if isinstance(argument, list | tuple):
+            return tuple(sign(item) for item in argument)
+        return str(argument)
+
+    return (node.target, sign(node.args), tuple((key, sign(value)) for key, value in sorted(node.kwargs.items())))
+
+
+class _Arena:
+    """Arguments for all calls out of few tensors: the `k`-th storage of every call with one dtype is the same memory.
+
+    Calls are measured together, and their arguments side by side would need more memory than the step they belong to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._counts: dict[tuple[int, torch.dtype], int] = {}
+        self._memory: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def reserve(self, node: fx.Node) -> None:
+        """Make room for the arguments of `node`."""
+        for key, tensor in _slots(node).values():
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            self._counts[key] = max(self._counts.get(key, 1), count)
+
+    def arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        """Real arguments with the layouts and the sharing of the fake ones. Integers are 0, a valid index everywhere."""
+        keys = {storage: key for storage, (key, _) in _slots(node).items()}
+
+        def real(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            slot, dtype = keys[leaf.untyped_storage()._cdata]
+            memory = self._allocate((slot, dtype)).view(leaf.dtype)
+            return memory.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: pytree.tree_map(real, source.meta["val"]))
+        assert isinstance(arguments, tuple)
+        return arguments
+
+    def _allocate(self, key: tuple[int, torch.dtype]) -> torch.Tensor:
+        if key not in self._memory:
+            fill = 0.5 if key[1].is_floating_point else 0
+            self._memory[key] = torch.full((self._counts[key],), fill, dtype=key[1], device=self._device)
+        return self._memory[key]
+
+
+def _slots(node: fx.Node) -> dict[int, tuple[tuple[int, torch.dtype], torch.Tensor]]:
+    """Storage -> its slot in the arena and one tensor in it, for every storage among the arguments of a call."""
+    slots: dict[int, tuple[tuple[int, torch.dtype], torch.Tensor]] = {}
+    for source in node.all_input_nodes:
+        for leaf in pytree.tree_leaves(source.meta.get("val")):
+            if isinstance(leaf, torch.Tensor):
+                slots.setdefault(leaf.untyped_storage()._cdata, ((len(slots), leaf.dtype), leaf))
+    return slots
+
+
+def _call(node: fx.Node, arena: _Arena) -> Callable[[], object]:
+    args, kwargs = arena.arguments(node)
+
+    def call() -> object:
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return call

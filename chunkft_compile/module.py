@@ -1,0 +1,292 @@
+"""`ChunkedModule`: the user's model, trained chunk by chunk under a byte budget."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from chunkft_compile.assembly import Assembled
+from chunkft_compile.budget import parse_budget
+from chunkft_compile.compiled import Compiled
+from chunkft_compile.errors import TrainingError
+from chunkft_compile.planner import Problem, Schedule
+from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.engine import Run
+from chunkft_compile.session import Options, Session
+
+
+class Progress(NamedTuple):
+    """Where training stands: step `step` of `steps` in sweep `sweep` (all from 0), its active chunks, its predicted peak."""
+
+    step: int
+    steps: int
+    sweep: int
+    active: tuple[str, ...]
+    predicted_nbytes: int
+
+
+def compile(
+    model: nn.Module,
+    budget: str | int,
+    *,
+    accumulation: bool = False,
+    outputs: Literal["loss", "all"] = "loss",
+    store: str | Path | None = None,
+    solve_seconds: float = 5.0,
+    seed: int = 0,
+) -> "ChunkedModule":
+    """`model`, ready to be fine-tuned in full within `budget` bytes on its device.
+
+    `budget` is "14GB" (10^9 bytes), "13.5GiB" (2^30), "80%" of the device or an integer, and counts everything that tensors
+    occupy while training: weights, buffers, batch, saved values, gradients, optimizer state, operator temporaries. What the
+    training loop allocates outside the model is not in it.
+
+    `accumulation` plans for several backwards per optimizer step from the start; without it, the first second backward makes
+    a new plan. `outputs="all"` keeps every output of the model through the backward, not only the loss. `store` is a directory for
+    the optimizer state of inactive chunks (on a CPU; the default is the system's temporary directory). `solve_seconds` and
+    `seed` go to the solver.
+
+    Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
+    is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget or a model with
+    nothing to train.
+    """
+    device = _device_of(model)
+    if outputs not in ("loss", "all"):
+        raise ValueError(f'outputs is "loss" or "all", not {outputs!r}')
+    directory = Path(store) if store is not None else None
+    options = Options(parse_budget(budget, device), accumulation, outputs == "loss", directory, solve_seconds, seed)
+    return ChunkedModule(model, options)
+
+
+class ChunkedModule(nn.Module):
+    """Behaves like the model it wraps, except that a training call computes the gradients of the active chunks only.
+
+    `parameters()` yields chunk parameters named `fqn[start:stop]` (and frozen parameters as they are); `state_dict()`,
+    `save_pretrained`, `generate` and any other attribute are the model's own. Calls under `torch.no_grad()` run the model as it is.
+    """
+
+    module: nn.Module
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__()
+        self.module = model
+        self.training = model.training
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{type(model).__name__} has no trainable parameter (requires_grad is False everywhere): nothing to compile")
+        device = _device_of(model)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._session = Session(model, device, options, self._anchor)
+        self._pending: weakref.ref[Run] | None = None
+
+    @property
+    def budget_nbytes(self) -> int:
+        """The budget in bytes."""
+        return self._session.options.budget_nbytes
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks, in the order of the model's parameters."""
+        return self._session.chunks
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The current schedule, with exact peaks; None before the first plan."""
+        return self._session.sweep.schedule if self._session.sweep else None
+
+    @property
+    def problem(self) -> Problem | None:
+        """The planner's problem for the signature that was trained or planned last; None before the first plan."""
+        session = self._session
+        return session.latest.problem(accumulating=session.accumulating) if session.latest else None
+
+    @property
+    def progress(self) -> Progress:
+        """The step that the next training call belongs to. Raises `TrainingError` before there is a plan."""
+        sweep = self._session.planned
+        names = tuple(self.chunks[number].name for number in sweep.current.chunks)
+        return Progress(sweep.position, len(sweep.schedule.steps), sweep.count, names, sweep.current.peak_nbytes)
+
+    @property
+    def dense_parameters(self) -> tuple[str, ...]:
+        """Split parameters whose gradient is computed whole because no slicing rule applies; empty before there is a plan."""
+        session = self._session
+        if session.latest is None or session.sweep is None:
+            return ()
+        programs = [session.program(session.latest, step) for step in session.sweep.schedule.steps]
+        return tuple(sorted({name for program in programs for name in program.dense}))
+
+    @property
+    def store_nbytes(self) -> int:
+        """Bytes of optimizer state in the store."""
+        return self._session.store.nbytes
+
+    def plan(self, *args: Any, **kwargs: Any) -> Schedule:
+        """Capture and solve for a batch of this shape without training. Same arguments as a training call."""
+        self._session.plan(self._session.compiled_for(args, self._training_kwargs(kwargs)))
+        return self._session.planned.schedule
+
+    def plain_peak_nbytes(self, *args: Any, **kwargs: Any) -> int:
+        """Computed peak of plain training with the same optimizer on a batch of this shape: everything dense and on the device."""
+        return self._session.compiled_for(args, self._training_kwargs(kwargs)).plain_peak_nbytes()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        self._refuse_overlap()
+        self._refuse_frozen()
+        session = self._session
+        kwargs = self._training_kwargs(kwargs)
+        compiled = session.compiled_for(args, kwargs)
+        step = session.begin(compiled)
+        assembled = session.program(compiled, step)
+        batch = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tangents = compiled.capture.tangents
+        sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
+        run = Run(assembled.program, [code.call for code in assembled.codes], sources, {n: self.chunks[n].leaf for n in step.chunks})
+        self._pending = weakref.ref(run)
+        return self._connect(compiled, assembled, run, batch)
+
+    def _connect(self, compiled: Compiled, assembled: Assembled, run: Run, batch: Sequence[torch.Tensor]) -> Any:
+        """Run the forward and hand its outputs to autograd, so that `backward()` on them starts the step's backward."""
+        found, written = compiled.capture.outputs, assembled.outputs
+        places = [i for i, leaf in enumerate(found) if isinstance(leaf, fx.Node) and leaf in written]
+        arrivals = {
+            compiled.capture.tangents[node]: value for value, node in assembled.bindings.items() if node in compiled.capture.tangents
+        }
+
+        def forward() -> list[torch.Tensor]:
+            held = run.forward()
+            for name, node in compiled.capture.mutations.items():
+                self.module.get_buffer(name).copy_(held[written[node]])
+            return [held[written[found[i]]] for i in places]
+
+        tensors = _Step.apply(self._anchor, run, forward, [arrivals.get(i) for i in places])  # type: ignore[no-untyped-call]
+        leaves = [self._source(compiled, leaf, batch) if isinstance(leaf, fx.Node) and leaf not in written else leaf for leaf in found]
+        for place, tensor in zip(places, tensors, strict=True):
+            leaves[place] = tensor
+        return compiled.capture.rebuild(leaves)
+
+    def _source(self, compiled: Compiled, node: fx.Node, batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor behind a placeholder of the joint graph."""
+        found = compiled.capture
+        if node in found.params:
+            return self.module.get_parameter(found.params[node]).detach()
+        if node in found.buffers:
+            return self.module.get_buffer(found.buffers[node])
+        if node in found.inputs:
+            return batch[found.inputs[node]].detach()
+        return found.constants[node]
+
+    def _training_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Without a key-value cache: it is an output that training does not keep, and filling it copies keys and values."""
+        asked = "use_cache" in kwargs or not self._session.options.loss_only
+        if asked or not getattr(getattr(self.module, "config", None), "use_cache", False):
+            return kwargs
+        return {**kwargs, "use_cache": False} if "use_cache" in inspect.signature(self.module.forward).parameters else kwargs
+
+    def _refuse_overlap(self) -> None:
+        run = self._pending() if self._pending else None
+        if run is not None and not run.finished:
+            raise TrainingError(
+                "a second training forward before the backward of the first: both would keep their saved values. "
+                "Call loss.backward() first, drop the first loss (del loss), or run evaluation under torch.no_grad()"
+            )
+
+    def _refuse_frozen(self) -> None:
+        for chunk in self.chunks:
+            if not chunk.leaf.requires_grad:
+                raise TrainingError(f"{chunk.name} was frozen after compile(); freeze parameters before compile(), or compile again")
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Chunk parameters as `fqn[start:stop]`, then frozen parameters under their own names."""
+        dot = prefix + "." if prefix else ""
+        for chunk in self.chunks:
+            yield dot + chunk.name, chunk.leaf
+        trained = {chunk.param for chunk in self.chunks}
+        for name, parameter in self.module.named_parameters(remove_duplicate=remove_duplicate):
+            if name not in trained and not parameter.requires_grad:
+                yield dot + name, parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, with its own names."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The model's own. `assign` is refused: it would leave the chunks with the old memory."""
+        if assign:
+            raise ValueError(
+                "load_state_dict(assign=True) would part the weights from their chunks; load without assign, or before compile()"
+            )
+        return self.module.load_state_dict(state_dict, strict)
+
+    def train(self, mode: bool = True) -> "ChunkedModule":
+        """Set the mode of the model; another mode is captured anew at the next training call."""
+        self.training = mode
+        self.module.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ChunkedModule":
+        raise TypeError(
+            "a compiled model cannot be copied: its chunks share memory with the weights. copy.deepcopy(model.module) copies the model"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ChunkedModule":
+        """`.to()`, `.half()` and the like, as long as they change nothing."""
+        for name, parameter in self.module.named_parameters():
+            sample = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            moved = fn(sample)
+            if moved.dtype != sample.dtype or moved.device != sample.device:
+                raise RuntimeError(
+                    f"{name} would go from {sample.dtype} on {sample.device} to {moved.dtype} on {moved.device}, away from its chunks; "
+                    f"move or cast the model before compile()"
+                )
+        return self
+
+
+class _Step(torch.autograd.Function):
+    """One node of autograd's graph for the whole model; its backward is the program's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, run: Run, forward: Callable[[], list[torch.Tensor]], arrivals: list[int | None]
+    ) -> tuple[torch.Tensor, ...]:
+        outputs = forward()
+        ctx.run, ctx.arrivals = run, arrivals
+        ctx.like = [(output.shape, output.dtype, output.device) for output in outputs]
+        ctx.mark_non_differentiable(*[output for output, value in zip(outputs, arrivals, strict=True) if value is None])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
+        if ctx.run.finished:
+            raise TrainingError("backward() was already called on this loss; its saved values are gone. Run the forward again")
+        tangents = {}
+        for value, gradient, (shape, dtype, device) in zip(ctx.arrivals, gradients, ctx.like, strict=True):
+            if value is not None:
+                tangents[value] = gradient if gradient is not None else torch.zeros(shape, dtype=dtype, device=device)
+        ctx.run.backward(tangents)
+        return None, None, None, None
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        raise ValueError(
+            f"the parameters of {type(model).__name__} are on {sorted(map(str, devices)) or 'no device'}; compile needs them all on one"
+        )
+    return devices.pop()

@@ -1,0 +1,262 @@
+"""The planner's tables from lowered code: what each role and option of each kind saves, needs and takes.
+
+Each kind is lowered once per role and option with all its chunks demanded. Liveness of fewer demands is never larger, so these
+are upper bounds for any step; gradient slices are left out of them and counted per chunk.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from chunkft_compile.assembly import Key, Rows, gradient_key, propagate
+from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.liveness import storages
+from chunkft_compile.lowering import OPTIONS, SERVES, Code, Demand, Lowering
+from chunkft_compile.planner.problem import Cost, Kind
+from chunkft_compile.planner.problem import Segment as SizedSegment
+from chunkft_compile.runtime.chunks import BLOCK_NBYTES
+from chunkft_compile.segments import Segment, is_forward
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """Where the gradient of a chunk is made, and what it costs."""
+
+    segment: int
+    first: int
+    grad_nbytes: int
+    grad_us: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The tables of one capture. `shared_nbytes` are values that several segments read, counted as always live."""
+
+    kinds: tuple[Kind, ...]
+    segments: tuple[SizedSegment, ...]
+    chunks: tuple[ChunkCost, ...]
+    shared_nbytes: int
+
+
+@dataclass
+class _Wanted:
+    """Demands on one segment when everything is trained: from below, of its own chunks, and shares of tied weights."""
+
+    passing: list[Demand] = field(default_factory=list)
+    own: list[tuple[Demand, int]] = field(default_factory=list)
+    partial: list[tuple[Demand, int]] = field(default_factory=list)
+
+    @property
+    def active(self) -> list[Demand]:
+        """All of them, in the order of lowering."""
+        return sorted({*self.passing, *self.slices}, key=lambda d: (d.position, d.length or 0))
+
+    @property
+    def slices(self) -> list[Demand]:
+        """Demands that give (parts of) gradients."""
+        return [demand for demand, _ in self.own + self.partial]
+
+
+def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Probe:
+    """Lower every kind in every role and option, measure its operators, and tabulate."""
+    wanted = _wanted(lowering, rows)
+    shared = _shared(lowering)
+    backwards = {(s.number, role, option): code for s in lowering.segments for role, option, code in _codes(lowering, s, wanted[s.number])}
+    forwards = {key: _forward(lowering, lowering.segments[key[0]], code) for key, code in backwards.items()}
+    costs.measure(code.module.graph for code in {*backwards.values(), *forwards.values()})
+    kinds: dict[Kind, int] = {}
+    segments = []
+    for s in lowering.segments:
+        table: dict[str, list[Cost]] = defaultdict(list)
+        for option in OPTIONS:
+            for role in ("frozen", "passing", "active", "last"):
+                key = (s.number, role, option)
+                if key in backwards:
+                    table[role].append(_cost(lowering, s, wanted[s.number], option, backwards[key], forwards[key], shared, costs))
+        kind = Kind(*(_pareto(table[role]) for role in ("frozen", "passing", "active", "last")))
+        number = kinds.setdefault(kind, len(kinds))
+        entry, arriving = _boundary(lowering, s, backwards[s.number, "active", "save"], shared)
+        segments.append(SizedSegment(s.name, number, entry, arriving))
+    chunks = _chunk_costs(lowering, rows, wanted, backwards, costs)
+    return Probe(tuple(kinds), tuple(segments), chunks, sum(shared.values()))
+
+
+def _wanted(lowering: Lowering, rows: Sequence[Rows]) -> list[_Wanted]:
+    """Demands per segment with every chunk active, found by the same walk that assembles a step."""
+    everything = dict(enumerate(rows))
+    found = propagate(lowering, everything, ["save"] * len(lowering.segments))
+    chunk_of = {gradient_key(lowering, row): number for number, row in everything.items()}
+    by_start = {(row.param, row.start): number for number, row in everything.items()}
+    wanted = [_Wanted() for _ in lowering.segments]
+    for number, demands in found.backward.items():
+        for key, demand in demands.items():
+            if key in chunk_of:
+                wanted[number].own.append((demand, chunk_of[key]))
+            elif key[0] in lowering.partials and key[0].meta["val"].shape == _gradient_shape(lowering, key):
+                start = key[1][0] if key[1] else 0
+                wanted[number].partial.append((demand, by_start[lowering.partials[key[0]], start]))
+            else:
+                wanted[number].passing.append(demand)
+    return wanted
+
+
+def _gradient_shape(lowering: Lowering, key: Key) -> object:
+    return lowering.capture.gradients[lowering.partials[key[0]]].meta["val"].shape
+
+
+def _codes(lowering: Lowering, segment: Segment, wanted: _Wanted) -> list[tuple[str, str, Code]]:
+    """(role, option, backward code) of a segment. Without parameters, or with nothing below, roles fall together."""
+    passing = sorted(wanted.passing, key=lambda d: (d.position, d.length or 0))
+    slices = sorted(wanted.slices, key=lambda d: (d.position, d.length or 0))
+    roles = {"frozen": [], "passing": passing, "active": wanted.active, "last": slices or passing}
+    found = []
+    for role, demands in roles.items():
+        options = OPTIONS if demands else OPTIONS[:1]
+        found += [(role, option, lowering.backward(segment, demands, option)) for option in options]
+    return found
+
+
+def _forward(lowering: Lowering, segment: Segment, backward: Code) -> Code:
+    """The forward that saves what `backward` reads of its own segment."""
+    saved = {read.position for read in backward.reads if read.position >= 0 and is_forward(segment.nodes[read.position])}
+    return lowering.forward(segment, lowering.exports(segment) | saved)
+
+
+def _shared(lowering: Lowering) -> dict[int, int]:
+    """Storage -> bytes of values that do not just go to the neighbour: rotary tables, masks, skips over several segments."""
+    found: dict[int, int] = {}
+    for node, owner in lowering.owner.items():
+        neighbour = owner + 1 if is_forward(node) else owner - 1
+        readers = {lowering.owner[user] for user in node.users if user in lowering.owner} - {owner}
+        whole = is_forward(node) or not _is_share(lowering, node)
+        if readers - {neighbour} and whole:
+            found |= storages(node.meta["val"])
+    base = {storage for node in lowering.capture.graph.find_nodes(op="placeholder") for storage in storages(node.meta.get("val"))}
+    return {storage: nbytes for storage, nbytes in found.items() if storage not in base}
+
+
+def _is_share(lowering: Lowering, node: fx.Node) -> bool:
+    """Whether a backward value is a part of one parameter's gradient, which only ever crosses segments in slices."""
+    name = lowering.partials.get(node)
+    return name is not None and node.meta["val"].shape == lowering.capture.gradients[name].meta["val"].shape
+
+
+def _boundary(lowering: Lowering, segment: Segment, code: Code, shared: Mapping[int, int]) -> tuple[int, int]:
+    """Bytes that arrive from below before forward and from above before backward, shared values left out."""
+    entry: dict[int, int] = {}
+    arriving: dict[int, int] = {}
+    for node in segment.externals:
+        if node.op == "call_function" and is_forward(node) and any(is_forward(user) for user in node.users if user in segment.position):
+            entry |= storages(node.meta["val"])
+    for read in code.reads:
+        node = segment.at(read.position)
+        if node.op == "call_function" and not is_forward(node) and not _is_share(lowering, node):
+            arriving |= storages(node.meta["val"])
+    return (
+        sum(nbytes for storage, nbytes in entry.items() if storage not in shared),
+        sum(nbytes for storage, nbytes in arriving.items() if storage not in shared),
+    )
+
+
+def _cost(
+    lowering: Lowering,
+    segment: Segment,
+    wanted: _Wanted,
+    option: str,
+    backward: Code,
+    forward: Code,
+    shared: Mapping[int, int],
+    costs: OperatorCosts,
+) -> Cost:
+    saved, groups = _saved(segment, backward, shared, _base(lowering))
+    slices = frozenset(i for i, demand in enumerate(backward.demands) if demand in set(wanted.slices))
+    # A tied weight's share from above is counted as its gradient; where the shares are added, the sum is there beside it.
+    tied = {backward.demands[read.demand] for read in backward.reads if read.demand is not None}
+    sums = max((_nbytes(segment, demand) for demand in tied), default=0)
+    peak = backward.footprint.transient_nbytes(groups, costs.temporary_nbytes, gradients=slices) if backward.demands else 0
+    own_us = sum(costs.us(node) for node in backward.module.graph.nodes if node.meta.get(SERVES) is not None)
+    return Cost(
+        option,
+        sum(saved.values()),
+        forward.footprint.transient_nbytes(frozenset(), costs.temporary_nbytes),
+        peak + (sums if slices else 0),
+        costs.graph_us(forward.module.graph),
+        costs.graph_us(backward.module.graph) - own_us,
+    )
+
+
+def _base(lowering: Lowering) -> set[int]:
+    """Storages of weights, buffers, inputs and constants."""
+    capture = lowering.capture
+    nodes = [*capture.params, *capture.buffers, *capture.inputs, *capture.tangents, *capture.constants]
+    return {storage for node in nodes for storage in storages(node.meta.get("val"))}
+
+
+def _saved(segment: Segment, backward: Code, shared: Mapping[int, int], base: set[int]) -> tuple[dict[int, int], frozenset[int]]:
+    """Storages this backward keeps alive from the forward on, and its argument groups that die in it."""
+    saved: dict[int, int] = {}
+    groups = set()
+    for read, group in zip(backward.reads, backward.footprint.inputs, strict=True):
+        node = segment.at(read.position)
+        if node.op != "call_function":
+            continue
+        own = {storage: nbytes for storage, nbytes in storages(node.meta["val"]).items() if storage not in shared and storage not in base}
+        if is_forward(node):
+            saved |= own
+        if own and read.demand is None:
+            groups.add(group)
+    return saved, frozenset(groups)
+
+
+def _nbytes(segment: Segment, demand: Demand) -> int:
+    value = segment.at(demand.position).meta["val"]
+    nbytes = int(value.numel() * value.element_size())
+    return BLOCK_NBYTES + (nbytes if demand.length is None else nbytes // value.shape[0] * (demand.length + 1))
+
+
+def _pareto(options: Sequence[Cost]) -> tuple[Cost, ...]:
+    """Options that no other beats in everything."""
+
+    def figures(cost: Cost) -> tuple[int, ...]:
+        return cost.saved_nbytes, cost.forward_peak_nbytes, cost.backward_peak_nbytes, cost.forward_us + cost.backward_us
+
+    kept: list[Cost] = []
+    for cost in options:
+        if not any(all(a <= b for a, b in zip(figures(other), figures(cost), strict=True)) for other in kept):
+            kept.append(cost)
+    return tuple(kept)
+
+
+def _chunk_costs(
+    lowering: Lowering,
+    rows: Sequence[Rows],
+    wanted: Sequence[_Wanted],
+    backwards: Mapping[tuple[int, str, str], Code],
+    costs: OperatorCosts,
+) -> tuple[ChunkCost, ...]:
+    segment_of = {number: s for s, w in enumerate(wanted) for _, number in w.own}
+    first_of = {number: s for s, w in enumerate(wanted) for _, number in w.partial}
+    us: dict[int, int] = defaultdict(int)
+    nbytes: dict[int, int] = {}
+    for s, w in enumerate(wanted):
+        code = backwards[s, "active", "save"]
+        demand_us = _demand_us(code, costs)
+        for demand, number in w.own + w.partial:
+            i = code.demands.index(demand)
+            us[number] += demand_us[i] if demand.length is not None else demand_us[i] + demand_us[rows[number].param]
+            group, made = code.footprint.outputs[i]
+            assert group < 0, f"the gradient of {rows[number].param} lies in an argument's storage"
+            nbytes[number] = max(nbytes.get(number, 0), made)
+    return tuple(ChunkCost(segment_of[n], max(first_of.get(n, 0), segment_of[n]), nbytes[n], us[n]) for n in range(len(rows)))
+
+
+def _demand_us(code: Code, costs: OperatorCosts) -> dict[int | str, int]:
+    """Time of the nodes that serve one demand (by index) or one whole gradient (by parameter) only."""
+    found: dict[int | str, int] = defaultdict(int)
+    for node in code.module.graph.nodes:
+        serves = node.meta.get(SERVES)
+        if serves is not None:
+            found[serves] += costs.us(node)
+    return found

@@ -1,0 +1,254 @@
+"""The state of one compiled model between calls: captured signatures, the schedule, the position in the sweep."""
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from chunkft_compile.assembly import Assembled
+from chunkft_compile.budget import format_nbytes
+from chunkft_compile.capture import capture
+from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
+from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.errors import BudgetError, TrainingError
+from chunkft_compile.planner import Problem, Step, budget_error, plan, smallest_budget
+from chunkft_compile.planner.bounds import choose_options
+from chunkft_compile.planner.program import Instruction
+from chunkft_compile.runtime.chunks import split_for_budget
+from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
+from chunkft_compile.runtime.store import bytes_per_s, open_store
+from chunkft_compile.runtime.sweep import Sweep
+from chunkft_compile.runtime.updates import StateMover, Updater
+
+logger = logging.getLogger("chunkft_compile")
+
+_SIGNATURES = 8  # captured signatures kept; one holds a graph of some ten megabytes for a large model
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see `chunkft_compile.compile`."""
+
+    budget_nbytes: int
+    accumulation: bool
+    loss_only: bool
+    directory: Path | None
+    solve_seconds: float
+    seed: int
+
+
+class Session:
+    """Captures, plans and follows the sweep. `anchor` is the tensor that connects a step to autograd; it counts as batch."""
+
+    def __init__(self, model: nn.Module, device: torch.device, options: Options, anchor: torch.Tensor) -> None:
+        self.model = model
+        self.chunks = split_for_budget(model, options.budget_nbytes)
+        self.device = device
+        self.options = options
+        self.accumulating = options.accumulation
+        self.sweep: Sweep | None = None
+        self.latest: Compiled | None = None
+        self.store = open_store(device, options.directory)
+        self._anchor = anchor
+        self._costs = OperatorCosts(device)
+        self._compiled: OrderedDict[object, Compiled] = OrderedDict()
+        self._setting: Setting | None = None
+        self._known: frozenset[type[Optimizer]] = frozenset()
+        self._updater = Updater(
+            self.chunks,
+            StateMover(self.store),
+            program=_weakly(self, "_update_program"),
+            resident=_weakly(self, "_resident"),
+            done=_weakly(self, "_stepped"),
+        )
+
+    @property
+    def planned(self) -> Sweep:
+        """The sweep. Raises `TrainingError` before there is a plan."""
+        if self.sweep is None:
+            raise TrainingError("there is no plan yet: call model.plan(**batch), or train one batch")
+        return self.sweep
+
+    def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
+        """What is compiled for a batch like this one, made anew for a new signature or mode."""
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        self._check_devices(leaves)
+        signature = tuple((tuple(v.shape), v.dtype, v.stride()) if isinstance(v, torch.Tensor) else repr(v) for v in leaves)
+        key = (str(spec), signature, tuple(module.training for module in self.model.modules()))
+        if torch.is_autocast_enabled(self.device.type):
+            raise TrainingError("autocast around a chunked training call is not supported; load the model in the dtype it should train in")
+        if key not in self._compiled:
+            found = capture(self.model, args, kwargs, loss_only=self.options.loss_only)
+            self._check_all_trained(found.gradients)
+            batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+            self._compiled[key] = Compiled(found, fixed_nbytes(self.model, found, batch), self._costs, self._get_setting())
+            while len(self._compiled) > _SIGNATURES:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return self._compiled[key]
+
+    def plan(self, compiled: Compiled) -> None:
+        """Make sure that every step of the schedule holds the budget on this signature."""
+        if self.sweep is None or not all(self._fits(compiled, step) for step in self.sweep.schedule.steps):
+            self._solve(compiled)
+
+    def begin(self, compiled: Compiled) -> Step:
+        """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
+        held = {number for number, chunk in enumerate(self.chunks) if chunk.leaf.grad is not None}
+        if self.sweep is None:
+            self._solve(compiled)
+        held &= set(self.planned.current.chunks)
+        if held:
+            self.accumulating = True
+        if not self._fits(compiled, self.planned.current):
+            if held:
+                self._shrink(compiled, sorted(held))
+            else:
+                logger.info("the current step does not fit this batch: planning again")
+                self._solve(compiled)
+        self.latest = compiled
+        return self.planned.current
+
+    def program(self, compiled: Compiled, step: Step) -> Assembled:
+        """The exact program of a step under the current schedule."""
+        return compiled.program(step, resident=self.planned.schedule.resident, accumulating=self.accumulating)
+
+    def _get_setting(self) -> Setting:
+        """Costs that do not depend on the batch, measured once the user's optimizers can be found."""
+        if self._setting is None:
+            found = self._updater.check_coverage()
+            layouts = layouts_of(self.chunks)
+            worst = measure_optimizer(found[0] if found else None, layouts, self.device)
+            for optimizer in found[1:]:
+                worst = worst.at_least(measure_optimizer(optimizer, layouts, self.device))
+            link = bytes_per_s(self.device, self.options.directory)
+            self._setting = Setting(self.options.budget_nbytes, self.chunks, worst, link)
+            self._known = frozenset(type(optimizer) for optimizer in found)
+        return self._setting
+
+    def _solve(self, compiled: Compiled) -> None:
+        """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
+        problem = compiled.problem(accumulating=self.accumulating)
+        try:
+            found = plan(problem, time_limit_s=self.options.solve_seconds, seed=self.options.seed)
+        except BudgetError:
+            raise self._budget_error(compiled, problem) from None
+        schedule = compiled.exact(found, accumulating=self.accumulating)
+        budget = self.options.budget_nbytes
+        assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
+        self.sweep = self.sweep.continued(schedule) if self.sweep else Sweep(schedule)
+        self.latest = compiled
+        logger.info(
+            "planned %d chunks in %d steps: peak %s of %s, %s, gap %.1f%%, solved in %.1f s",
+            len(self.chunks),
+            len(schedule.steps),
+            format_nbytes(schedule.peak_nbytes),
+            format_nbytes(budget),
+            schedule.status,
+            100 * schedule.gap,
+            schedule.solve_s,
+        )
+
+    def _budget_error(self, compiled: Compiled, problem: Problem) -> BudgetError:
+        """The refusal of a budget. A larger budget comes with larger chunks, so what they need must hold for their own budget."""
+        budget, setting = smallest_budget(problem)[0], compiled.setting
+        while True:
+            chunks = split_for_budget(self.model, budget)
+            layouts = layouts_of(chunks)
+            if set(layouts) == set(layouts_of(setting.chunks)):
+                return budget_error(problem)
+            optimizers = self._updater.check_coverage()
+            cost = measure_optimizer(optimizers[0] if optimizers else None, layouts, self.device)
+            setting = replace(setting, chunks=chunks, optimizer=cost)
+            problem = compiled.under(setting).problem(accumulating=self.accumulating)
+            budget = max(budget, smallest_budget(problem)[0])
+
+    def _fits(self, compiled: Compiled, step: Step) -> bool:
+        """Whether a step holds the budget on this signature."""
+        resident = self.planned.schedule.resident
+        return compiled.peak_nbytes(step, resident=resident, accumulating=self.accumulating) <= self.options.budget_nbytes
+
+    def _shrink(self, compiled: Compiled, held: list[int]) -> None:
+        """Gradients are held and the step no longer fits: plan again, and go on with the part of the step that fits.
+
+        The other gradients of this step are dropped; their chunks are trained in a later step of the same sweep.
+        """
+        self._solve(compiled)
+        problem = compiled.problem(accumulating=True)
+        resident_nbytes = sum(problem.chunks[n].state_nbytes for n in self.planned.schedule.resident)
+        kept, options = held, None
+        while kept and options is None:
+            options = choose_options(problem, kept, self.options.budget_nbytes - resident_nbytes)
+            if options is None:
+                kept = kept[1:]  # the lowest first: without them the step is shallower
+        if options is None:
+            raise BudgetError(
+                f"no chunk of this step fits {format_nbytes(self.options.budget_nbytes)} beside the gradients of earlier micro-batches; "
+                f"call model.zero_grad() and pass accumulation=True to compile()",
+                smallest_nbytes=self.options.budget_nbytes + 1,
+                binding="gradients of earlier micro-batches",
+            )
+        for number in set(held) - set(kept):
+            self.chunks[number].leaf.grad = None
+        self.sweep = self.planned.with_current(tuple(kept), options)
+        logger.info("several backwards per optimizer step: planned again; this step trains %d of its %d chunks", len(kept), len(held))
+
+    def _update_program(self, optimizer: Optimizer) -> Sequence[Instruction]:
+        """The current step's instructions, for an optimizer that the plan knows."""
+        compiled = self.latest
+        assert compiled is not None, "gradients without a training call"
+        if type(optimizer) not in self._known:
+            self._updater.check_coverage()
+            self._adopt(optimizer, compiled.setting.optimizer)
+        return self.program(compiled, self.planned.current).program.instructions
+
+    def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
+        """An optimizer built after the plan: hold its step to what was planned, before anything is changed."""
+        cost = measure_optimizer(optimizer, layouts_of(self.chunks), self.device)
+        more = max(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout)
+        if more > 0 or cost.overlap > assumed.overlap:
+            raise TrainingError(
+                f"the plan assumed {assumed.name}, and {cost.name} needs up to {format_nbytes(max(more, 1))} more for a chunk; "
+                f"build the optimizer before the first training call, or before model.plan()"
+            )
+        self._known |= {type(optimizer)}
+
+    def _resident(self) -> frozenset[int]:
+        return frozenset(self.sweep.schedule.resident) if self.sweep else frozenset()
+
+    def _stepped(self, numbers: frozenset[int]) -> None:
+        """Chunks were stepped; when all active ones were, the sweep moves on, and gradients of chunks that leave are freed."""
+        before = set(self.planned.current.chunks)
+        if self.planned.stepped(numbers):
+            for number in before - set(self.planned.current.chunks):
+                self.chunks[number].leaf.grad = None
+
+    def _check_all_trained(self, gradients: Mapping[str, fx.Node]) -> None:
+        missing = sorted({chunk.param for chunk in self.chunks} - set(gradients))
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise TrainingError(
+                f"no step would ever train {shown}: the outputs do not depend on it; freeze it before compile() with requires_grad_(False)"
+            )
+
+    def _check_devices(self, leaves: Sequence[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.device != self.device:
+                raise ValueError(
+                    f"an input of shape {tuple(leaf.shape)} is on {leaf.device}, the model is on {self.device}; "
+                    f"move it: batch.to({str(self.device)!r})"
+                )
+
+
+def _weakly(session: Session, method: str) -> Callable[..., Any]:
+    """A bound method that does not keep the session alive: optimizer hooks are global and outlive it."""
+    reference = weakref.ref(session)
+    return lambda *arguments: getattr(reference(), method)(*arguments)

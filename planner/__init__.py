@@ -1,0 +1,37 @@
+"""The planner: a `Problem` of integers in, a `Schedule` out. Imports no torch."""
+
+from chunkft_compile.planner.explaining import budget_error, smallest_budget
+from chunkft_compile.planner.planning import plan
+from chunkft_compile.planner.problem import BudgetError, Chunk, Cost, Kind, Problem, Role, Schedule, Segment, Step
+from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline, simulate
+from chunkft_compile.planner.residency import place_state, transfer_us
+from chunkft_compile.planner.schedules import format_schedule, from_json, to_json
+from chunkft_compile.planner.verifying import VerifyError, verify
+
+__all__ = [
+    "BudgetError",
+    "Chunk",
+    "Cost",
+    "Instruction",
+    "Kind",
+    "Moment",
+    "Op",
+    "Problem",
+    "Program",
+    "Role",
+    "Schedule",
+    "Segment",
+    "Step",
+    "Timeline",
+    "VerifyError",
+    "budget_error",
+    "format_schedule",
+    "from_json",
+    "place_state",
+    "plan",
+    "simulate",
+    "smallest_budget",
+    "to_json",
+    "transfer_us",
+    "verify",
+]

@@ -1,0 +1,119 @@
+"""Schedules and problems as text: JSON to keep, a table to read."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from itertools import groupby
+from types import GenericAlias
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from tabulate import tabulate
+
+from chunkft_compile.planner.bounds import depth_of
+from chunkft_compile.planner.problem import Chunk, Cost, Kind, Problem, Schedule, Segment, Step
+from chunkft_compile.planner.residency import transfer_us
+from chunkft_compile.planner.units import format_nbytes
+
+VERSION = 1
+
+Stored = TypeVar("Stored", Problem, Schedule)
+
+
+def to_json(value: Problem | Schedule) -> str:
+    """A versioned JSON text that `from_json` reads back to an equal value."""
+    return json.dumps({"version": VERSION, "type": type(value).__name__, "value": asdict(value)}, indent=1) + "\n"
+
+
+def from_json(text: str, expected: type[Stored]) -> Stored:
+    """The problem or schedule in a text. Anything unknown, missing or of a wrong type is a `ValueError` that names it."""
+    try:
+        envelope = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not JSON: {error}") from error
+    if not isinstance(envelope, dict) or set(envelope) != {"version", "type", "value"}:
+        raise ValueError("expected an object with the fields version, type and value")
+    if envelope["version"] != VERSION:
+        raise ValueError(f"this text has version {envelope['version']!r}, this library reads version {VERSION}: write it anew")
+    if envelope["type"] != expected.__name__:
+        raise ValueError(f"this text holds a {envelope['type']!r}, expected a {expected.__name__!r}")
+    value = _read(envelope["value"], expected, expected.__name__)
+    assert isinstance(value, expected)
+    return value
+
+
+def _read(value: Any, wanted: Any, where: str) -> Any:
+    """`value` as the type `wanted`: a dataclass of this module, a tuple of one type, or a plain value."""
+    if wanted in (Problem, Schedule, Kind, Segment, Chunk, Cost, Step):
+        return _read_fields(value, wanted, where)
+    if isinstance(wanted, GenericAlias):  # every tuple in the IR is of the form tuple[X, ...]
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return tuple(_read(item, get_args(wanted)[0], f"{where}[{number}]") for number, item in enumerate(value))
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:  # `isinstance` would take True for 1
+        raise ValueError(f"{where} must be of type {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _read_fields(value: Any, wanted: Any, where: str) -> Any:
+    names = {field.name for field in fields(wanted)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, got {value!r}")
+    if unknown := sorted(set(value) - names):
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}")
+    if missing := sorted(names - set(value)):
+        raise ValueError(f"{where} lacks the field {missing[0]!r}")
+    hints = get_type_hints(wanted)
+    return wanted(**{name: _read(value[name], hints[name], f"{where}.{name}") for name in sorted(names)})
+
+
+def format_schedule(problem: Problem, schedule: Schedule) -> str:
+    """A table with a row per step, then the totals."""
+    rows = [_row(problem, step, f"{number}/{len(schedule.steps)}") for number, step in enumerate(schedule.steps, 1)]
+    headers = ("step", "chunks", "trains", "segments", "depth", "options", "peak", "ms")
+    align = ("right", "right", "right", "left", "left", "left", "right", "right")
+    table = tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    return "\n".join([*(line.rstrip() for line in table.splitlines()), "", *_totals(problem, schedule)])
+
+
+def _row(problem: Problem, step: Step, number: str) -> tuple[str, ...]:
+    chunks = [problem.chunks[index] for index in step.chunks]
+    depth = problem.segments[depth_of(problem, step.chunks)].name
+    trained = compress([problem.segments[s].name for s in sorted({chunk.segment for chunk in chunks})])
+    trains = format_nbytes(sum(chunk.grad_nbytes for chunk in chunks))
+    peak, ms = format_nbytes(step.peak_nbytes), f"{step.us / 1e3:.1f}"
+    return number, str(len(chunks)), trains, trained, depth, _options(step.options), peak, ms
+
+
+def _options(options: Sequence[str]) -> str:
+    """Runs of equal options, from the lowest segment up."""
+    return ", ".join(f"{len(list(run))} {option}" for option, run in groupby(options))
+
+
+def compress(names: Sequence[str]) -> str:
+    """`block 3, block 4, block 5, head` as `block 3-5, head`."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and _follows(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1].rpartition(' ')[2]}" for run in runs)
+
+
+def _follows(name: str, following: str) -> bool:
+    (word, _, number), (next_word, _, next_number) = name.rpartition(" "), following.rpartition(" ")
+    return word == next_word and number.isdecimal() and next_number.isdecimal() and int(next_number) == int(number) + 1
+
+
+def _totals(problem: Problem, schedule: Schedule) -> list[str]:
+    kept = sum(problem.chunks[index].state_nbytes for index in schedule.resident)
+    stored = sum(chunk.state_nbytes for chunk in problem.chunks) - kept
+    moving_s = transfer_us(problem, schedule.resident) / 1e6
+    return [
+        f"{schedule.status}, gap {schedule.gap:.1%}, T = {len(schedule.steps)}, {schedule.sweep_us / 1e6:.3f} s per sweep, "
+        f"peak {format_nbytes(schedule.peak_nbytes)} of {format_nbytes(schedule.budget_nbytes)}",
+        f"optimizer state: {format_nbytes(kept)} on the device, {format_nbytes(stored)} in the store "
+        f"({moving_s:.3f} s of transfers per sweep)",
+    ]

@@ -1,0 +1,75 @@
+"""Chunks: row ranges of parameters as leaf parameters of their own, sharing the memory of the model's weights."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+BLOCK_NBYTES = 512  # what CUDA's caching allocator rounds sizes up to, in its statistics too
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows `[start, stop)` of parameter `param`, which has `size` rows. `leaf` is a view of them that optimizers can train."""
+
+    param: str
+    start: int
+    stop: int
+    size: int
+    leaf: nn.Parameter
+
+    @property
+    def name(self) -> str:
+        """`fqn[start:stop]`."""
+        return f"{self.param}[{self.start}:{self.stop}]"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.leaf.numel() * self.leaf.element_size()
+
+
+def split_parameters(model: nn.Module, limit_nbytes: int) -> tuple[Chunk, ...]:
+    """Every trainable parameter of `model` in chunks of at most `limit_nbytes` (but at least one row), evenly sized.
+
+    Tied parameters appear once, under their first name. The chunks cover every trainable element exactly once.
+    """
+    return tuple(chunk for name, weight in model.named_parameters() if weight.requires_grad for chunk in _split(name, weight, limit_nbytes))
+
+
+def _split(name: str, weight: nn.Parameter, limit_nbytes: int) -> Iterator[Chunk]:
+    if weight.numel() == 0:
+        raise ValueError(f"parameter {name} is empty {tuple(weight.shape)}; freeze it: requires_grad_(False)")
+    data = weight.detach()
+    size = data.shape[0] if data.dim() else 1
+    row_nbytes = data.numel() // size * data.element_size()
+    most = max(1, limit_nbytes // row_nbytes)
+    count = -(-size // most)
+    length = -(-size // count)
+    for start in range(0, size, length):
+        stop = min(start + length, size)
+        leaf = data[start:stop] if data.dim() else data
+        yield Chunk(name, start, stop, size, nn.Parameter(leaf))
+
+
+def split_for_budget(model: nn.Module, budget_nbytes: int) -> tuple[Chunk, ...]:
+    """The chunks of `model` under a budget: each at most 1/24 of what the weights leave of it.
+
+    Smaller chunks pack better, larger ones run faster. The limit is a power of two, so that near budgets have the same chunks,
+    and at least 1/512 of the weights, so that their number stays small.
+    """
+    weights = storage_nbytes([*model.parameters(), *model.buffers()])
+    room = max(1, (budget_nbytes - weights) // 24)
+    return split_parameters(model, max(2 ** (room.bit_length() - 1), weights // 512))
+
+
+def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`: views and tied weights count once."""
+    return sum({t.untyped_storage()._cdata: allocated_nbytes(t) for t in tensors}.values())
+
+
+def allocated_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that the allocator of its device counts for the storage of a (fake) tensor."""
+    nbytes = tensor.untyped_storage().nbytes()
+    return nbytes if tensor.device.type in ("cpu", "meta") else -(-nbytes // BLOCK_NBYTES) * BLOCK_NBYTES

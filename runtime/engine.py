@@ -1,0 +1,75 @@
+"""Runs the forward and backward instructions of a `Program`.
+
+The engine keeps a value only as long as the program says: a call gets the last reference to what it frees, in a list that the
+callee empties, so memory follows the plan to the byte.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from chunkft_compile.planner.program import Instruction, Op, Program
+
+Call = Callable[[list[Any]], Sequence[torch.Tensor]]
+
+
+class Run:
+    """One micro-batch on its way through a program: forward once, then backward once.
+
+    `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
+    parameters by chunk number, whose `.grad` receives the slices.
+    """
+
+    def __init__(
+        self, program: Program, calls: Sequence[Call], sources: Mapping[int, torch.Tensor], leaves: Mapping[int, nn.Parameter]
+    ) -> None:
+        self.program = program
+        self.leaves = leaves
+        self.finished = False
+        self._calls = calls
+        self._values: dict[int, torch.Tensor] = dict(sources)
+
+    def forward(self) -> dict[int, torch.Tensor]:
+        """Execute every FORWARD; gives the held values."""
+        for instruction in self.program.instructions:
+            if instruction.op is Op.FORWARD:
+                self._execute(instruction)
+        held = {value: self._values[value] for value in self.program.held}
+        # Autograd will hang this run on the outputs; the run keeps aliases of them, or the two would hold each other.
+        self._values.update({value: tensor.detach() for value, tensor in held.items()})
+        return held
+
+    def backward(self, tangents: Mapping[int, torch.Tensor]) -> None:
+        """Execute every BACKWARD, from the gradients of the outputs to `.grad` of the active chunks."""
+        self._values.update(tangents)
+        self.finished = True
+        try:
+            for instruction in self.program.instructions:
+                if instruction.op is Op.BACKWARD:
+                    self._execute(instruction)
+        finally:
+            self._values.clear()
+
+    def _execute(self, instruction: Instruction) -> None:
+        values = self._values
+        freed = set(instruction.frees)
+        args: list[Any] = [values.pop(v) if v in freed else values[v] for v in instruction.reads]
+        args.extend(instruction.starts)
+        with torch.no_grad():
+            results = self._calls[instruction.code](args)
+        gradients = dict(instruction.gradients)
+        for value, result in zip(instruction.writes, results, strict=True):
+            if value in gradients:
+                _accumulate(self.leaves[gradients[value]], result)
+            elif value not in freed:
+                values[value] = result
+
+
+def _accumulate(leaf: nn.Parameter, gradient: torch.Tensor) -> None:
+    """What autograd's own accumulation does, in place from the second micro-batch on."""
+    if leaf.grad is None:
+        leaf.grad = gradient
+    else:
+        leaf.grad.add_(gradient)

@@ -1,0 +1,259 @@
+"""How much memory and time something really takes, on any device, without a compiler.
+
+Memory is allocator bytes: what tensors and the temporaries inside operators occupy, on the CPU to the byte. Accelerators keep
+such statistics themselves (rounded up to their block size). The CPU allocator keeps none, but it reports every allocation to
+torch's profiler, which the two functions here read.
+
+NOTE [one measurement at a time]
+Starting a second profiler on one thread silently ends the first, and two at once on two threads crash the process (torch 2.13).
+On an accelerator the peak statistic is one per device, so a second reader would reset the first one's. Hence the lock below,
+for both, and the refusal to start under somebody else's profiler.
+
+NOTE [frees of older blocks]
+The profiler knows the size of a block only if it watched the allocation. The free of an older block is not reported at all, or, if
+an older session saw another block at the same address, with the size of that one. So frees are matched by address, and those of
+blocks that were not allocated under this profiler are left out: on the CPU they make no room.
+"""
+
+import gc
+import os
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import torch
+from torch._C._autograd import _profiler_enabled
+from torch._C._profiler import _EventType
+from torch.autograd import profiler
+
+_SPAN = "chunkft_compile.measure_calls"
+_TIMED_RUNS = 2
+_measuring = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """What one call takes, relative to the moment it starts: `peak_nbytes - end_nbytes` are its temporaries if it frees nothing older."""
+
+    peak_nbytes: int
+    end_nbytes: int
+    seconds: float
+
+
+class PeakMeter:
+    """Context manager: the most bytes allocated on `device` above those live at entry.
+
+    After the block, `peak_nbytes` is that maximum (never below 0) and `end_nbytes` is live at exit minus live at entry.
+
+    CPU: exact if everything freed inside was also allocated inside, else both are upper bounds, because frees of older blocks are not
+    seen. Neither are other threads (backward runs on this one): enter and leave on one thread. numpy, shared memory and mapped
+    files are not allocator memory.
+    Accelerator: it is synchronised at both ends and its peak statistics are reset; all threads count, and so do frees of older blocks.
+    Meters do not nest and do not run under a torch profiler: both raise RuntimeError.
+    """
+
+    peak_nbytes: int
+    end_nbytes: int
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = _measurable(device)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opening:
+            opening.enter_context(_alone())
+            if self._device.type == "cpu":
+                self._record = opening.enter_context(_recording())
+            else:
+                self._entry_nbytes = _reset_accelerator(self._device)
+            self._open = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._open:
+            if self._device.type != "cpu":
+                self.peak_nbytes, self.end_nbytes = _read_accelerator(self._device, self._entry_nbytes)
+        if self._device.type == "cpu":
+            self.peak_nbytes, self.end_nbytes = _extent([change.nbytes for change in self._record.changes])
+
+
+def measure_calls(calls: Sequence[Callable[[], object]], device: torch.device | str) -> list[CallCost]:
+    """Memory and wall seconds of each call, in order. Each runs four times: to warm up, for its memory, and twice for its time.
+
+    Calls must be repeatable. What they return counts in `end_nbytes` and is dropped before the next one starts. `seconds` is the better of
+    two runs outside the profiler. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring.
+    """
+    device = _measurable(device)
+    with _alone(), _uncollected():
+        for call in calls:
+            call()
+        extents = _cpu_extents(calls) if device.type == "cpu" else [_accelerator_extent(call, device) for call in calls]
+        seconds = [min(_timed(call, device) for _ in range(_TIMED_RUNS)) for call in calls]
+    return [CallCost(peak, end, s) for (peak, end), s in zip(extents, seconds, strict=True)]
+
+
+class _Change(NamedTuple):
+    """A block was allocated (`nbytes` > 0) or freed (< 0)."""
+
+    time_ns: int
+    address: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the profiler saw, in order and on its own clock: changes of memory, and begin and end of each call."""
+
+    changes: list[_Change] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+@contextmanager
+def _recording() -> Iterator[_Record]:
+    """Profile the block; the record is filled when it ends."""
+    record = _Record()
+    with ExitStack() as running:
+        with _muted_kineto():
+            session = running.enter_context(profiler.profile(profile_memory=True))
+        yield record
+        undisturbed = _profiler_enabled()
+    if not undisturbed or session.kineto_results is None:
+        raise RuntimeError("another torch profiler ended this measurement: nothing inside may start one")
+    nodes = list(session.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(node.children)
+        if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu":
+            record.changes.append(_Change(node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+        elif node.name == _SPAN:
+            record.spans.append((node.start_time_ns, node.end_time_ns))
+    record.changes = _own_changes(sorted(record.changes))
+    record.spans.sort()
+
+
+def _own_changes(changes: Sequence[_Change]) -> list[_Change]:
+    """Without frees of blocks that no change before them allocated, see NOTE [frees of older blocks]."""
+    own, live = [], set()
+    for change in changes:
+        if change.nbytes > 0:
+            live.add(change.address)
+        elif change.address in live:
+            live.remove(change.address)
+        else:
+            continue
+        own.append(change)
+    return own
+
+
+def _extent(changes: Sequence[int]) -> tuple[int, int]:
+    """The peak and the end of a running sum that starts at 0."""
+    live = peak = 0
+    for nbytes in changes:
+        live += nbytes
+        peak = max(peak, live)
+    return peak, live
+
+
+def _cpu_extents(calls: Sequence[Callable[[], object]]) -> list[tuple[int, int]]:
+    """Peak and end of each call, from one profiler session: starting one costs more than most calls."""
+    with _recording() as record:
+        for call in calls:
+            # The range is stamped by the clock that stamps [memory] events; no other clock could be compared with it safely.
+            with profiler.record_function(_SPAN):
+                result = call()
+            del result
+    times = [change.time_ns for change in record.changes]
+    windows = [slice(bisect_left(times, begin), bisect_right(times, end)) for begin, end in record.spans]
+    return [_extent([change.nbytes for change in record.changes[window]]) for window in windows]
+
+
+def _accelerator_extent(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    entry_nbytes = _reset_accelerator(device)
+    result = call()
+    extent = _read_accelerator(device, entry_nbytes)
+    del result
+    return extent
+
+
+def _reset_accelerator(device: torch.device) -> int:
+    """Start a new peak; the bytes live now."""
+    _synchronize(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    return torch.accelerator.memory_allocated(device)
+
+
+def _read_accelerator(device: torch.device, entry_nbytes: int) -> tuple[int, int]:
+    """Peak and end relative to `entry_nbytes`."""
+    _synchronize(device)
+    peak, live = torch.accelerator.max_memory_allocated(device), torch.accelerator.memory_allocated(device)
+    return peak - entry_nbytes, live - entry_nbytes
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of one call; its result is dropped after the clock has stopped."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _measurable(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise ValueError(f"cannot measure on {device}: this machine has the CPU and {accelerator or 'no accelerator'}")
+    return device
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """See NOTE [one measurement at a time]."""
+    if not _measuring.acquire(blocking=False):
+        raise RuntimeError("a measurement is already running in this process: measurements do not nest or run side by side")
+    try:
+        # The first is per process, the second also knows profilers started on this thread from C++.
+        if profiler._is_profiler_enabled or _profiler_enabled():
+            raise RuntimeError("a torch profiler is running: stop it before measuring memory")
+        yield
+    finally:
+        _measuring.release()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No cyclic garbage collection: it would free older tensors in the middle of a call, and take time there."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _muted_kineto() -> Iterator[None]:
+    """Keep torch 2.13 from printing two "USDT" lines per session, which its log ranks above errors.
+
+    Kineto reads the level once, at the first session of the process, so it is set for that moment only and never over the user's own.
+    """
+    if "KINETO_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["KINETO_LOG_LEVEL"] = "7"
+    try:
+        yield
+    finally:
+        del os.environ["KINETO_LOG_LEVEL"]

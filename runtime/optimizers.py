@@ -1,0 +1,170 @@
+"""What the runtime must know of the user's optimizer: where it is, what it trains, and what a step of it costs in bytes."""
+
+import gc
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from chunkft_compile.runtime.chunks import BLOCK_NBYTES, storage_nbytes
+from chunkft_compile.runtime.meter import measure_calls
+
+_SCALARS_NBYTES = 64  # one-element temporaries (bias corrections) do not scale with the chunk
+
+Layout = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a chunk: what its state depends on."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Bytes of one chunk in an optimizer step.
+
+    `state_nbytes` can leave the device between steps, `counter_nbytes` (tensors of one element) stays; `transient_nbytes` is
+    allocated and freed inside the step.
+    """
+
+    state_nbytes: int
+    counter_nbytes: int
+    transient_nbytes: int
+
+
+@dataclass(frozen=True)
+class OptimizerCost:
+    """What stepping chunks costs, by layout, on the device they were measured on.
+
+    `overlap` is the transient of two equal chunks stepped together over that of one: 1 where the optimizer goes chunk by
+    chunk, 2 where it takes all at once (foreach).
+    """
+
+    name: str
+    of_layout: dict[Layout, StepCost]
+    overlap: float
+
+    def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
+        """Bytes while stepping chunks of these layouts together, at most."""
+        transients = [self.of_layout[layout].transient_nbytes for layout in layouts]
+        together = sum(transients) if self.overlap > 1.75 else round(max(transients) * self.overlap)
+        return min(together, sum(transients)) if len(transients) > 1 else transients[0]
+
+    def alone_nbytes(self, layout: Layout) -> int:
+        """State and transient of one chunk stepped alone."""
+        return self.of_layout[layout].state_nbytes + self.of_layout[layout].transient_nbytes
+
+    def at_least(self, other: "OptimizerCost") -> "OptimizerCost":
+        """The larger of both, layout by layout: for chunks that are split between two optimizers."""
+        pairs = {layout: (cost, other.of_layout[layout]) for layout, cost in self.of_layout.items()}
+        larger = {
+            layout: StepCost(
+                max(a.state_nbytes, b.state_nbytes), max(a.counter_nbytes, b.counter_nbytes), max(a.transient_nbytes, b.transient_nbytes)
+            )
+            for layout, (a, b) in pairs.items()
+        }
+        return OptimizerCost(f"{self.name} + {other.name}", larger, max(self.overlap, other.overlap))
+
+
+def optimizers_of(leaves: Iterable[nn.Parameter]) -> list[Optimizer]:
+    """Live optimizers that hold at least one of `leaves`.
+
+    torch keeps no list of them, so this asks the garbage collector. It runs when a plan is made, not at every step.
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    found = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+    inner = {id(getattr(o, "optimizer", None)) for o in found}  # a wrapper (accelerate) forwards to the one it holds
+    holders = [o for o in found if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
+    wrappers = [o for o in holders if isinstance(getattr(o, "optimizer", None), Optimizer) and id(o) not in inner]
+    return [o for o in holders if o not in wrappers]
+
+
+def step_only(optimizer: Optimizer) -> None:
+    """The optimizer's own step without the hooks around it: those belong to the user's one call."""
+    step: Any = type(optimizer).step
+    while getattr(step, "hooked", False):  # `Optimizer.profile_hook_step` marks its wrapper so (torch 2.13.0)
+        step = step.__wrapped__
+    with torch.no_grad():
+        step(optimizer)
+
+
+def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], device: torch.device) -> OptimizerCost:
+    """Step copies of `optimizer` (AdamW with defaults if None) and see what they allocate.
+
+    State is read off a step of every layout. Transients are measured on the largest layout of each rank and dtype and scaled by
+    elements. Raises `TypeError` for an optimizer that counts steps per parameter group or keeps state in other than plain
+    tensors: chunks are stepped one group after the other, and such counters would run ahead.
+    """
+    distinct = set(layouts)
+    largest: dict[tuple[bool, torch.dtype], Layout] = {}
+    for layout in sorted(distinct, key=_numel):
+        largest[_class(layout)] = layout
+    sample: Layout = ((1024,), next(iter(distinct))[1])
+    probes = [_prepare(optimizer, [layout], device) for layout in largest.values()]
+    probes += [_prepare(optimizer, [sample], device), _prepare(optimizer, [sample, sample], device)]
+    *peaks, alone, pair = (cost.peak_nbytes for cost in measure_calls([partial(step_only, p) for p in probes], device))
+    del probes
+    transient = dict(zip(largest, peaks, strict=True))
+    costs = {}
+    spare = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
+    for layout in distinct:
+        state, counters = _state_nbytes(_prepare(optimizer, [layout], device))
+        whole = _numel(largest[_class(layout)])
+        scaled = -(-transient[_class(layout)] * _numel(layout) // whole)
+        costs[layout] = StepCost(state, counters, scaled + (spare if transient[_class(layout)] else 0))
+    name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
+    return OptimizerCost(name, costs, pair / alone if alone else 1.0)
+
+
+def _class(layout: Layout) -> tuple[bool, torch.dtype]:
+    """Layouts whose transients grow alike: factored optimizers treat matrices and vectors differently."""
+    return len(layout[0]) > 1, layout[1]
+
+
+def _numel(layout: Layout) -> int:
+    return math.prod(layout[0])
+
+
+def _prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torch.device) -> Optimizer:
+    """A copy of the optimizer over zeros of these layouts, with its state made by one step."""
+    leaves = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in layouts]
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
+    probe = _like(optimizer, leaves)
+    before = _numbers(probe)
+    step_only(probe)
+    if _numbers(probe) != before:
+        raise TypeError(
+            f"{type(probe).__name__} counts its steps per parameter group; chunks of a group are stepped at different times, "
+            f"so its counter would be wrong. Way out: an optimizer that keeps its counters per parameter, as all of torch.optim do"
+        )
+    return probe
+
+
+def _state_nbytes(probe: Optimizer) -> tuple[int, int]:
+    """Bytes of state that can move, and of step counters."""
+    tensors = [value for state in probe.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    odd = [type(tensor).__name__ for tensor in tensors if type(tensor) is not torch.Tensor]
+    if odd:
+        raise TypeError(f"{type(probe).__name__} keeps state in {odd[0]}; only plain tensors can be moved. Way out: torch.optim.AdamW")
+    state = storage_nbytes(tensor for tensor in tensors if tensor.numel() > 1)
+    return state, storage_nbytes(tensor for tensor in tensors if tensor.numel() <= 1)
+
+
+def _like(optimizer: Optimizer | None, leaves: list[nn.Parameter]) -> Optimizer:
+    """An optimizer with the same settings over other parameters, with no state."""
+    if optimizer is None:
+        return torch.optim.AdamW(leaves)
+    probe = object.__new__(type(optimizer))
+    probe.__dict__.update(optimizer.__dict__)
+    probe.state = type(optimizer.state)(dict)
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    probe.param_groups = [{**settings, "params": leaves}]
+    return probe
+
+
+def _numbers(optimizer: Optimizer) -> list[tuple[str, object]]:
+    """The plain numbers of a group: where a step count would be kept."""
+    return [(key, value) for key, value in optimizer.param_groups[0].items() if isinstance(value, numbers.Number)]

@@ -1,0 +1,63 @@
+"""The position in the schedule: which step comes next, and which chunks the current sweep has trained."""
+
+from dataclasses import replace
+
+from chunkft_compile.planner.problem import Schedule, Step
+
+
+class Sweep:
+    """Goes round the steps of a schedule; every chunk is trained once per round, also when the schedule changes in between."""
+
+    def __init__(self, schedule: Schedule, count: int = 0) -> None:
+        self.schedule = schedule
+        self.count = count
+        self._steps = list(schedule.steps)
+        self._trained: set[int] = set()
+        self._stepped: set[int] = set()
+
+    @property
+    def current(self) -> Step:
+        """The step that is trained now."""
+        return self._steps[0]
+
+    @property
+    def position(self) -> int:
+        """Steps of this round already done, counted from the end so that a changed schedule still ends at its last step."""
+        return max(0, len(self.schedule.steps) - len(self._steps))
+
+    def stepped(self, numbers: frozenset[int]) -> bool:
+        """Chunks were stepped by their optimizer. True when the step is complete and the next one has begun."""
+        self._stepped |= numbers
+        if not set(self.current.chunks) <= self._stepped:
+            return False
+        self._trained |= self._stepped
+        self._stepped = set()
+        self._steps.pop(0)
+        if not self._steps:
+            self._steps = list(self.schedule.steps)
+            self._trained = set()
+            self.count += 1
+        return True
+
+    def continued(self, schedule: Schedule) -> "Sweep":
+        """The same round under another schedule: its steps without the chunks that were trained already."""
+        following = Sweep(schedule, self.count)
+        following._trained = set(self._trained)
+        following._steps = following._without(self._trained) or list(schedule.steps)
+        return following
+
+    def with_current(self, chunks: tuple[int, ...], options: tuple[str, ...]) -> "Sweep":
+        """The same round, with these chunks next and the rest after them."""
+        following = Sweep(self.schedule, self.count)
+        following._trained = set(self._trained)
+        first = replace(self.current, chunks=tuple(sorted(chunks)), options=options)
+        following._steps = [first, *following._without(self._trained | set(chunks))]
+        return following
+
+    def _without(self, trained: set[int]) -> list[Step]:
+        steps = []
+        for step in self.schedule.steps:
+            left = tuple(number for number in step.chunks if number not in trained)
+            if left:
+                steps.append(replace(step, chunks=left))
+        return steps

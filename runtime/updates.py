@@ -1,0 +1,170 @@
+"""Between `loss.backward()` and the next step: optimizer state comes in, chunks are stepped, state goes out, the sweep moves on.
+
+The user calls `optimizer.step()` once. The hooks here turn it into one step per group of chunks, so that only one group's state is
+on the device at a time: groups but the last are stepped before the user's call does the last one. Every group sees only its own
+gradients, and every `torch.optim` optimizer skips parameters without one.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from chunkft_compile.planner.program import Instruction, Op
+from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.optimizers import optimizers_of, step_only
+from chunkft_compile.runtime.store import Store
+
+
+class StateMover:
+    """Moves the optimizer state of chunks between device and store. Inactive state stays visible to `optimizer.state_dict()`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._out: dict[tuple[int, str], torch.Tensor] = {}
+
+    def fetch(self, optimizer: Optimizer, leaf: nn.Parameter) -> None:
+        """Bring the state of `leaf` to its device."""
+        state = optimizer.state.get(leaf, {})
+        for key, value in state.items():
+            stand_in = self._out.get((id(leaf), key))
+            if stand_in is not None and value is stand_in:
+                state[key] = self._store.get(stand_in, leaf.device)
+                del self._out[id(leaf), key]
+
+    def evict(self, optimizer: Optimizer, leaf: nn.Parameter) -> None:
+        """Send the state of `leaf` to the store; tensors of one element (step counters) stay."""
+        state = optimizer.state.get(leaf, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.numel() > 1 and value is not self._out.get((id(leaf), key)):
+                state[key] = self._out[id(leaf), key] = self._store.put((id(leaf), key), value)
+
+
+class Updater:
+    """Hooks every optimizer that trains `chunks`.
+
+    `program()` gives the FETCH, UPDATE and EVICT instructions of the current step, or raises if the step cannot be updated now;
+    `resident()` the chunks whose state stays; `done(numbers)` is told which chunks were stepped.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        mover: StateMover,
+        *,
+        program: Callable[[Optimizer], Sequence[Instruction]],
+        resident: Callable[[], frozenset[int]],
+        done: Callable[[frozenset[int]], None],
+    ) -> None:
+        self._chunks = chunks
+        self._number = {id(chunk.leaf): number for number, chunk in enumerate(chunks)}
+        self._mover = mover
+        self._program, self._resident, self._done = program, resident, done
+        self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
+        me = weakref.ref(self)
+        # Hooks are global; they hold this object weakly and leave with it.
+        before = register_optimizer_step_pre_hook(lambda o, args, kwargs: _alive(me, "before_step", o, args, kwargs))
+        after = register_optimizer_step_post_hook(lambda o, args, kwargs: _alive(me, "after_step", o, args, kwargs))
+        weakref.finalize(self, before.remove)
+        weakref.finalize(self, after.remove)
+
+    def chunks_of(self, optimizer: Optimizer) -> list[int]:
+        """Numbers of the chunks that `optimizer` trains."""
+        ids = (id(p) for group in optimizer.param_groups for p in group["params"])
+        return [self._number[i] for i in ids if i in self._number]
+
+    def check_coverage(self) -> list[Optimizer]:
+        """All optimizers over the chunks. Raises `ValueError` if a chunk is in none or in two of them."""
+        found = optimizers_of(chunk.leaf for chunk in self._chunks)
+        if len(found) > 1:
+            gc.collect()  # an optimizer that was replaced may still wait for the collector
+            found = optimizers_of(chunk.leaf for chunk in self._chunks)
+        holders: dict[int, Optimizer] = {}
+        for optimizer in found:
+            for number in self.chunks_of(optimizer):
+                if number in holders:
+                    names = f"{type(holders[number]).__name__} and {type(optimizer).__name__}"
+                    raise ValueError(
+                        f"two optimizers ({names}) train {self._chunks[number].name}; "
+                        f"give each chunk to one of them, and drop an optimizer that is no longer used (del optimizer)"
+                    )
+                holders[number] = optimizer
+        missing = [chunk.name for number, chunk in enumerate(self._chunks) if number not in holders]
+        if found and missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ValueError(
+                f"{type(found[0]).__name__} misses {shown}: they would never be trained. Build it from model.parameters() of the compiled "
+                f"model, or freeze those parameters before compile() with requires_grad_(False)"
+            )
+        return found
+
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Step all groups but the last, and leave the last one ready for the step that follows."""
+        mine = self.chunks_of(optimizer)
+        if not mine:
+            return
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            raise ValueError("optimizer.step(closure) is not supported: a closure would run the step again; call backward() before step()")
+        ready = {number for number in mine if self._chunks[number].leaf.grad is not None}
+        if not ready:
+            return
+        for number in mine:  # load_state_dict puts all state on the device
+            if number not in self._resident():
+                self._mover.evict(optimizer, self._chunks[number].leaf)
+        instructions = _restricted(self._program(optimizer), ready)
+        gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
+        last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
+        self._show(gradients, ())
+        for instruction in instructions[:last]:
+            self._execute(instruction, optimizer, gradients)
+        self._show(gradients, instructions[last].chunks)
+        self._pending = (optimizer, instructions[last + 1 :], gradients)
+
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Send the last group's state away, show all gradients again, and report."""
+        if self._pending is None or self._pending[0] is not optimizer:
+            return
+        _, rest, gradients = self._pending
+        self._pending = None
+        for instruction in rest:
+            self._execute(instruction, optimizer, gradients)
+        self._show(gradients, tuple(gradients))
+        self._done(frozenset(gradients))
+
+    def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
+        match instruction.op:
+            case Op.FETCH:
+                for number in instruction.chunks:
+                    self._mover.fetch(optimizer, self._chunks[number].leaf)
+            case Op.UPDATE:
+                self._show(gradients, instruction.chunks)
+                step_only(optimizer)
+                self._show(gradients, ())
+            case Op.EVICT:
+                for number in instruction.chunks:
+                    self._mover.evict(optimizer, self._chunks[number].leaf)
+
+    def _show(self, gradients: Mapping[int, torch.Tensor], shown: Sequence[int]) -> None:
+        for number, gradient in gradients.items():
+            self._chunks[number].leaf.grad = gradient if number in shown else None
+
+
+def _alive(reference: "weakref.ref[Updater]", method: str, *arguments: Any) -> None:
+    updater = reference()
+    if updater is not None:
+        getattr(updater, method)(*arguments)
+
+
+def _restricted(instructions: Sequence[Instruction], ready: set[int]) -> list[Instruction]:
+    """The instructions for the chunks that have a gradient and belong to this optimizer."""
+    kept = []
+    for instruction in instructions:
+        chunks = tuple(number for number in instruction.chunks if number in ready)
+        if instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT) and chunks:
+            kept.append(Instruction(instruction.op, chunks=chunks))
+    return kept

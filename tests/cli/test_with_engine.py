@@ -1,0 +1,48 @@
+"""Both commands with the real engine on a tiny model: a refused budget names one that works, and that one trains."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from chunkft_compile.cli import main
+from chunkft_compile.planner import Schedule, from_json
+
+SHAPE = ["--batch", "2", "--seq", "16", "--device", "cpu", "--seconds", "1"]
+
+
+def smallest_budget(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Start a little above the weights (107 kB) and follow the advice of each refusal."""
+    budget = "110kB"
+    for _ in range(4):  # a larger budget has larger chunks, so the first advice may be short
+        if main(["plan", str(model_dir), "--budget", budget, *SHAPE]) == 0:
+            return budget
+        match = re.search(r"the smallest that does: --budget ([0-9]+B)\)$", capsys.readouterr().err.strip())
+        assert match is not None
+        budget = match[1]
+    raise AssertionError(f"{budget}, the fourth advice in a row, is refused too")
+
+
+def test_plan_then_train_in_the_smallest_budget(
+    model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = smallest_budget(model_dir, capsys)
+    plan = tmp_path / "plan.json"
+    assert main(["plan", str(model_dir), "--budget", budget, "--json", str(plan), *SHAPE]) == 0
+    schedule = from_json(plan.read_text(), Schedule)
+    assert schedule.peak_nbytes <= schedule.budget_nbytes == int(budget.removesuffix("B"))
+    assert "plain AdamW needs " in capsys.readouterr().out
+
+    out = tmp_path / "out"
+    steps = str(len(schedule.steps))
+    files = ["--data", str(text_file), "--out", str(out)]
+    assert main(["train", str(model_dir), "--budget", budget, *SHAPE, *files, "--steps", steps, "--lr", "1e-2", "--measure"]) == 0
+    said = capsys.readouterr().err
+    before, after = (float(said.split(f"held-out perplexity {when}: ")[1].split()[0]) for when in ("before", "after"))
+    assert after < before
+    assert f"step {steps}/{steps} of sweep 1" in said
+    old, new = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model_dir, out))
+    unmoved = [name for name in old if torch.equal(old[name], new[name])]
+    assert unmoved == []  # one sweep trains every parameter

@@ -1,0 +1,81 @@
+"""What the end-to-end tests share: an allocator hook, and captures, lowered codes and measured costs that are made once."""
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from chunkft_compile.capture import Capture, capture
+from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.lowering import Lowering
+from chunkft_compile.segments import Segment
+from tests.support.allocator import Allocator, allocator_or_skip
+
+
+class Workshop:
+    """Stands where the compiler captures, lowers and measures, and does each only once per model structure and batch shape.
+
+    A capture holds names and shapes, no weights, so copies of a model can share it.
+    """
+
+    def __init__(self) -> None:
+        self.costs = OperatorCosts(torch.device("cpu"))
+        self.captured = 0
+        self._captures: dict[str, Capture] = {}
+        self._lowerings: dict[int, Lowering] = {}
+
+    def capture(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
+        """As `capture.capture`."""
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        modes = [module.training for module in model.modules()]
+        key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only))
+        if key not in self._captures:
+            self.captured += 1
+            self._captures[key] = capture(model, args, kwargs, loss_only=loss_only)
+        return self._captures[key]
+
+    def lower(self, found: Capture, segments: Sequence[Segment]) -> Lowering:
+        """As `Lowering`."""
+        return self._lowerings.setdefault(id(found), Lowering(found, segments))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _young_collector() -> None:
+    """Imported libraries leave a million objects that every collection would visit; planning collects several times."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def workshop() -> Workshop:
+    """The one of the session."""
+    return Workshop()
+
+
+@pytest.fixture(scope="module")
+def captures_once(workshop: Workshop) -> Iterator[Workshop]:
+    """Compiling in this module goes through the workshop."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chunkft_compile.session.capture", workshop.capture)
+        patch.setattr("chunkft_compile.session.OperatorCosts", lambda _: workshop.costs)
+        patch.setattr("chunkft_compile.compiled.Lowering", workshop.lower)
+        yield workshop
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def allocator() -> Iterator[Allocator]:
+    """The hook, with no garbage about and no cap afterwards."""
+    hook = allocator_or_skip()
+    gc.collect()
+    hook.reset()
+    yield hook
+    hook.cap(None)

@@ -1,0 +1,64 @@
+from dataclasses import replace
+
+import pytest
+
+from chunkft_compile.planner.program import Instruction, Op, Program, simulate
+
+# Values: 0 input (base), 1 activation, 2 a view of it, 3 loss, 4 gradient of the activation, 5 slice.
+FORWARD = Instruction(Op.FORWARD, segment=0, reads=(0,), writes=(1, 2), transient_nbytes=150, us=3)
+LOSS = Instruction(Op.FORWARD, segment=1, reads=(2,), writes=(3,), frees=(2,), transient_nbytes=20, us=1)
+HEAD = Instruction(Op.BACKWARD, segment=1, reads=(3,), writes=(4,), transient_nbytes=70, us=2)
+BODY = Instruction(Op.BACKWARD, segment=0, reads=(1, 4), writes=(5,), frees=(1, 4), gradients=((5, 7),), transient_nbytes=40, us=5)
+FETCH = Instruction(Op.FETCH, chunks=(7,), us=10)
+UPDATE = Instruction(Op.UPDATE, chunks=(7,), transient_nbytes=33, us=1)
+EVICT = Instruction(Op.EVICT, chunks=(7,), us=10)
+PROGRAM = Program(
+    instructions=(FORWARD, LOSS, HEAD, BODY, FETCH, UPDATE, EVICT),
+    base_nbytes=1000,
+    storage_of=(-1, 0, 0, 1, 2, 3),
+    storage_nbytes=(100, 4, 60, 30),
+    held=(3,),
+    grad_nbytes={7: 30},
+    state_nbytes={7: 64},
+)
+
+
+def test_every_byte_of_a_small_program() -> None:
+    line = simulate(PROGRAM)
+    assert [(m.before_nbytes, m.peak_nbytes, m.after_nbytes) for m in line.moments] == [
+        (1000, 1150, 1100),  # the view adds nothing
+        (1100, 1120, 1104),  # nor does it free anything
+        (1104, 1174, 1164),
+        (1164, 1204, 1034),  # the slice stays, the loss is held
+        (1034, 1098, 1098),
+        (1098, 1131, 1098),
+        (1098, 1098, 1034),
+    ]
+    assert (line.peak_nbytes, line.us) == (1204, 32)
+    assert (line.binding.op, line.binding.segment) == (Op.BACKWARD, 0)
+
+
+def test_accumulated_gradients_are_there_from_the_start() -> None:
+    add = Instruction(Op.FREE, frees=(5,))  # the slice is added to the buffer that is there, and goes
+    program = replace(PROGRAM, accumulating=True, instructions=(FORWARD, LOSS, HEAD, BODY, add))
+    line = simulate(program)
+    assert line.moments[0].before_nbytes == 1030
+    assert line.peak_nbytes == 1234
+    assert line.moments[-1].after_nbytes == 1034
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        ((LOSS,), "value 2 is read but not live"),
+        ((FORWARD, FORWARD), "value 1 is written but live already"),
+        ((FORWARD, replace(LOSS, frees=(2, 3))), "value 3 is freed but the caller holds it"),
+        ((Instruction(Op.FREE, frees=(1,)),), "value 1 is freed but not live"),
+        ((FETCH, FETCH), r"instruction 1 fetches chunks \[7\] again"),
+        ((UPDATE,), r"instruction 0 updates chunks \[7\] without a gradient"),
+        ((EVICT,), r"instruction 0 evicts chunks \[7\] it never fetched"),
+    ],
+)
+def test_impossible_programs_are_refused(instructions: tuple[Instruction, ...], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        simulate(replace(PROGRAM, instructions=instructions))

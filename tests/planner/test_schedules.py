@@ -1,0 +1,87 @@
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from chunkft_compile.planner.bounds import make_step
+from chunkft_compile.planner.problem import Chunk, Problem, Schedule, Segment
+from chunkft_compile.planner.schedules import compress, format_schedule, from_json, to_json
+from tests.planner.planner_problems import plain_kind, problems
+
+PROBLEM = Problem(
+    budget_nbytes=2_000_000_000,
+    static_nbytes=1_000_000_000,
+    kinds=(plain_kind(saved=50_000_000, us=1500),),
+    segments=tuple(Segment(name, 0, 0, 0) for name in ("prelude", "block 0", "block 1", "head")),
+    chunks=tuple(Chunk(f"weight {s}", s, s, 100_000_000, 400_000_000, 500_000_000) for s in range(4)),
+)
+STEPS = (make_step(PROBLEM, (0,), ("keep",) * 4), make_step(PROBLEM, (1, 2, 3), ("plain", "keep", "keep", "keep")))
+SCHEDULE = Schedule(PROBLEM.budget_nbytes, STEPS, (3,), "FEASIBLE", 0.0123, 0.5)
+
+GOLDEN = """\
+  step    chunks    trains  segments         depth    options              peak    ms
+------  --------  --------  ---------------  -------  ---------------  --------  ----
+   1/2         1  100.0 MB  prelude          prelude  4 keep           1.600 GB  12.0
+   2/2         3  300.0 MB  block 0-1, head  block 0  1 plain, 3 keep  1.800 GB  10.5
+
+FEASIBLE, gap 1.2%, T = 2, 0.022 s per sweep, peak 1.800 GB of 2.000 GB
+optimizer state: 400.0 MB on the device, 1.200 GB in the store (2.400 s of transfers per sweep)
+"""
+
+
+def test_the_printed_schedule() -> None:
+    assert format_schedule(PROBLEM, SCHEDULE) == GOLDEN.rstrip("\n")
+
+
+def test_names_of_consecutive_segments_are_joined() -> None:
+    assert compress(["prelude", "block 3", "block 4", "block 5", "block 7", "head"]) == "prelude, block 3-5, block 7, head"
+    assert compress(["layers 9", "layers 10", "blocks 11"]) == "layers 9-10, blocks 11"
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems())
+def test_problems_survive_a_round_trip(problem: Problem) -> None:
+    assert from_json(to_json(problem), Problem) == problem
+
+
+def test_schedules_survive_a_round_trip() -> None:
+    assert from_json(to_json(SCHEDULE), Schedule) == SCHEDULE
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"version": 1', '"version": 2', "has version 2, this library reads version 1"),
+        ('"type": "Schedule"', '"type": "Problem"', "holds a 'Problem', expected a 'Schedule'"),
+        ('"status"', '"mood"', "Schedule has the unknown field 'mood'"),
+        ('"us": 12000', '"us": "soon"', r"Schedule.steps\[0\].us must be of type int, got 'soon'"),
+        ('"us": 12000', '"us": true', r"Schedule.steps\[0\].us must be of type int, got True"),
+        ('"solve_s": 0.5', '"solve_s": 0.5, "extra": 1', "unknown field 'extra'"),
+        ("{", "", "this is not JSON"),
+    ],
+)
+def test_foreign_texts_are_refused(old: str, new: str, message: str) -> None:
+    text = to_json(SCHEDULE)
+    assert old in text
+    with pytest.raises(ValueError, match=message):
+        from_json(text.replace(old, new, 1), Schedule)
+
+
+def test_missing_fields_and_wrong_shapes_are_refused() -> None:
+    stored = json.loads(to_json(SCHEDULE))
+    del stored["value"]["gap"]
+    with pytest.raises(ValueError, match="Schedule lacks the field 'gap'"):
+        from_json(json.dumps(stored), Schedule)
+    stored["value"] = [1]
+    with pytest.raises(ValueError, match="Schedule must be an object"):
+        from_json(json.dumps(stored), Schedule)
+    with pytest.raises(ValueError, match="the fields version, type and value"):
+        from_json("[]", Schedule)
+    bad_steps = {**json.loads(to_json(SCHEDULE))["value"], "steps": 3}
+    with pytest.raises(ValueError, match=r"Schedule.steps must be a list"):
+        from_json(json.dumps({**stored, "value": bad_steps}), Schedule)
+
+
+def test_whole_numbers_are_read_as_floats() -> None:
+    assert from_json(to_json(replace(SCHEDULE, gap=0)), Schedule).gap == 0.0

@@ -1,0 +1,1 @@
+"""What several test folders and the benchmarks share: an exact allocator hook and a reference trainer."""

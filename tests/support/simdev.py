@@ -1,0 +1,94 @@
+"""The simulated accelerator `sim`: built once per source and torch version, registered once per process.
+
+It has memory of its own with a capacity, streams, events and pinned memory (see simdev.cpp). Registering it makes `sim` the
+accelerator of the process for good, so tests that use it run in a process of their own.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SOURCES = [Path(__file__).with_suffix(".h"), Path(__file__).with_suffix(".cpp")]
+_TORCH = Path(torch.__file__).parent
+
+
+class CompilerMissingError(RuntimeError):
+    """There is no g++ to build the device with."""
+
+
+class SimDevice:
+    """The registered device. There is one per process; get it from `register()`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.sim_configure.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double]
+        library.sim_async_copies.restype = ctypes.c_int64
+        self._library = library
+
+    def configure(self, *, capacity: int = 0, granularity: int = 1, link_bytes_per_s: float = 0.0) -> None:
+        """Bytes of memory (0: no limit), the multiple that block sizes are rounded up to, and the speed of copies (0: no delay)."""
+        self._library.sim_configure(capacity, granularity, link_bytes_per_s)
+
+    def async_copies(self) -> int:
+        """Copies between host and device so far that returned before they were done."""
+        return int(self._library.sim_async_copies())
+
+
+@functools.cache
+def register() -> SimDevice:
+    """Build the device if needed and register it as `sim` for the rest of the process."""
+    library = ctypes.CDLL(str(build()))
+    library.sim_register()
+    torch.utils.rename_privateuse1_backend("sim")
+    torch._register_device_module("sim", _device_module())
+    torch.utils.generate_methods_for_privateuse1_backend(unsupported_dtype=None)
+    return SimDevice(library)
+
+
+def _device_module() -> types.ModuleType:
+    """What torch looks up in `torch.<device>`."""
+    module: Any = types.ModuleType("torch.sim")
+    module.is_available = lambda: True
+    module.is_initialized = lambda: True
+    module.device_count = lambda: 1
+    module.current_device = lambda: 0
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: None
+    module.get_rng_state = lambda device=None: torch.get_rng_state()
+    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    module.current_stream = lambda device=None: torch.accelerator.current_stream()
+    module.synchronize = lambda device=None: torch.accelerator.synchronize()
+    return module  # type: ignore[no-any-return]
+
+
+def build() -> Path:
+    """The compiled device. Its name carries all that it depends on, so a file that exists is up to date."""
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    sources = [source.read_bytes() for source in _SOURCES]
+    key = hashlib.sha256(repr((sources, torch.__version__, str(_TORCH), flags)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkft_compile"
+    target = cache / f"simdev-{key}.so"
+    if target.exists():
+        return target
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise CompilerMissingError("the simulated device needs g++, which is not on the PATH")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        built = Path(scratch) / target.name
+        paths = [f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}"]
+        command = [compiler, *flags, str(_SOURCES[1]), *paths, "-lc10", "-ltorch_cpu", "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ could not build {_SOURCES[1]}:\n{done.stderr}")
+        # Several test processes may build at once: a rename is atomic, the last one wins with the same bytes.
+        built.replace(target)
+    return target
