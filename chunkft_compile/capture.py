@@ -5,8 +5,9 @@ Every private torch name that capture needs is in this file; checked on torch 2.
 
 import contextlib
 import logging
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,10 @@ class Capture:
         if not self.lost:
             return output
         for name in self.lost:
-            # Past `__setattr__`: a ModelOutput would turn the attribute into a key, and its keys are what the Trainer iterates.
-            object.__setattr__(output, name, Dropped(name))
+            if type(output) is dict:
+                output[name] = Dropped(name)
+            else:  # past `__setattr__`: a ModelOutput would turn the attribute into a key, and code iterates over its keys
+                object.__setattr__(output, name, Dropped(name))
         return output
 
 
@@ -112,9 +115,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     template.training = model.training
     # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
-    with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(ignore_logging_functions=_log_methods()):
-        # Dynamo lists Python side effects (transformers keeps a global collector); they do not reach the graph.
-        warnings.filterwarnings("ignore", message=".*side effects happened.*")
+    with torch.enable_grad(), _side_effects_told(model), torch._dynamo.config.patch(ignore_logging_functions=_log_methods()):
         try:
             traced = dynamo_graph_capture_for_export(template)(*tensors)
             with contextlib.ExitStack() as stack:
@@ -123,11 +124,29 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
                 fakes = tuple(traced.meta["fake_mode"].from_tensor(tensor, static_shapes=True) for tensor in tensors)
                 joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
         except (TorchDynamoException, RuntimeError, NotImplementedError) as error:
+            with torch.no_grad():
+                model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
             raise _explain(error, model) from error
     found = _read(joint, traced.meta["fake_mode"], _first_names(model))
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
     return found
+
+
+@contextlib.contextmanager
+def _side_effects_told(model: nn.Module) -> Iterator[None]:
+    """Dynamo warns of Python state that forward changes. It will not change in the graph, so it is said once, in our words."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        found = re.search(r"side effects happened.*?\[(.*)\]", str(warning.message), re.DOTALL)
+        if found is None:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        # transformers collects outputs in a global of its own
+        elif sources := [source.strip() for source in found[1].split(",") if "__import_transformers" not in source]:
+            what = ", ".join(sources)
+            warnings.warn(f"{type(model).__name__}.forward changes Python state ({what}); training steps will not change it", stacklevel=5)
 
 
 def _log_methods() -> set[Any]:
@@ -210,7 +229,7 @@ def _output_index(desc: Any, node: fx.Node) -> int:
 
 def _refuse_unplannable(graph: fx.Graph) -> None:
     """Sizes must be known and every node an ATen call on tensors, else the plan would be a guess."""
-    for node in graph.nodes:
+    for node in sorted(graph.nodes, key=lambda node: node.op == "placeholder"):  # calls first: they know their line
         value = node.meta.get("val")
         leaves = pytree.tree_leaves(value) if node.op != "output" else []
         where = (node.meta.get("stack_trace") or "").strip().splitlines()

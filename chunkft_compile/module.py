@@ -185,8 +185,7 @@ class ChunkedModule(nn.Module):
 
     def _training_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without a key-value cache: it is an output that training does not keep, and filling it copies keys and values."""
-        asked = "use_cache" in kwargs or not self._session.options.loss_only
-        if asked or not getattr(getattr(self.module, "config", None), "use_cache", False):
+        if "use_cache" in kwargs or not getattr(getattr(self.module, "config", None), "use_cache", False):
             return kwargs
         return {**kwargs, "use_cache": False} if "use_cache" in inspect.signature(self.module.forward).parameters else kwargs
 
@@ -200,7 +199,7 @@ class ChunkedModule(nn.Module):
 
     def _refuse_frozen(self) -> None:
         for chunk in self.chunks:
-            if not chunk.leaf.requires_grad:
+            if not (chunk.leaf.requires_grad and chunk.weight.requires_grad):
                 raise TrainingError(f"{chunk.name} was frozen after compile(); freeze parameters before compile(), or compile again")
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,12 +11,16 @@ BLOCK_NBYTES = 512  # what CUDA's caching allocator rounds sizes up to, in its s
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Rows `[start, stop)` of parameter `param`, which has `size` rows. `leaf` is a view of them that optimizers can train."""
+    """Rows `[start, stop)` of parameter `param`, which has `size` rows.
+
+    `weight` is the model's own parameter, `leaf` a view of the rows that optimizers can train.
+    """
 
     param: str
     start: int
     stop: int
     size: int
+    weight: nn.Parameter
     leaf: nn.Parameter
 
     @property
@@ -50,7 +54,7 @@ def _split(name: str, weight: nn.Parameter, limit_nbytes: int) -> Iterator[Chunk
     for start in range(0, size, length):
         stop = min(start + length, size)
         leaf = data[start:stop] if data.dim() else data
-        yield Chunk(name, start, stop, size, nn.Parameter(leaf))
+        yield Chunk(name, start, stop, size, weight, nn.Parameter(leaf))
 
 
 def split_for_budget(model: nn.Module, budget_nbytes: int) -> tuple[Chunk, ...]:

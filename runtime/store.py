@@ -4,11 +4,15 @@ On a CPU the host's memory is the budgeted memory, so only a file frees bytes. T
 once it is open and vanishes with the process.
 """
 
+import ctypes
+import errno
 import mmap
 import os
 import tempfile
 import time
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -56,11 +60,20 @@ class HostStore:
         return stand_in.to(device, copy=True)
 
 
-class FileStore:
-    """One file; each slot is a page-aligned range of it, mapped into memory.
+@dataclass(frozen=True, eq=False)
+class _Range:
+    """A page-aligned range of the file, and the tensor that maps it."""
 
-    Space is claimed when a slot is made, so a full disk is an `OSError` there and not a crash at some later write. After each
-    copy the pages are given back to the kernel: they do not stay in the resident set.
+    start: int
+    stand_in: torch.Tensor
+
+
+class FileStore:
+    """One file; each slot is a page-aligned range of it.
+
+    Space is claimed when a slot is made, so a full disk is an `OSError` there and not a crash at some later write. Contents are
+    written and read by position, straight from and to the tensor's memory; a stand-in maps its range for those who look at it
+    in between (`optimizer.state_dict()`), and takes no memory until then.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,8 +83,8 @@ class FileStore:
         weakref.finalize(self, self._file.close)
         self._directory = directory
         self._end = 0
-        self._slots: dict[object, tuple[mmap.mmap, torch.Tensor]] = {}
-        self._mapping_of: dict[int, mmap.mmap] = {}
+        self._slots: dict[object, _Range] = {}
+        self._start_of: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -81,20 +94,20 @@ class FileStore:
     def put(self, slot: object, tensor: torch.Tensor) -> torch.Tensor:
         """See `Store.put`."""
         held = self._slots.get(slot)
-        if held is None or held[1].shape != tensor.shape or held[1].dtype != tensor.dtype:
+        if held is None or held.stand_in.shape != tensor.shape or held.stand_in.dtype != tensor.dtype:
             held = self._slots[slot] = self._claim(tensor)
-        mapping, stand_in = held
-        stand_in.copy_(tensor)
-        mapping.madvise(mmap.MADV_DONTNEED)
-        return stand_in
+        source = tensor.contiguous()
+        _move(lambda view, at: os.pwrite(self._file.fileno(), view, held.start + at), source)
+        return held.stand_in
 
     def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
         """See `Store.get`."""
-        tensor = torch.empty_like(stand_in, device=device).copy_(stand_in)
-        self._mapping_of[stand_in.data_ptr()].madvise(mmap.MADV_DONTNEED)
-        return tensor
+        start = self._start_of[stand_in.data_ptr()]
+        tensor = torch.empty_like(stand_in)
+        _move(lambda view, at: os.preadv(self._file.fileno(), [view], start + at), tensor)
+        return tensor.to(device)
 
-    def _claim(self, tensor: torch.Tensor) -> tuple[mmap.mmap, torch.Tensor]:
+    def _claim(self, tensor: torch.Tensor) -> _Range:
         nbytes = tensor.numel() * tensor.element_size()
         start = self._end
         length = -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
@@ -106,10 +119,21 @@ class FileStore:
             ) from error
         self._end += length
         mapping = mmap.mmap(self._file.fileno(), length, offset=start)
-        flat = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel())
-        stand_in = flat.view(tensor.shape)
-        self._mapping_of[stand_in.data_ptr()] = mapping
-        return mapping, stand_in
+        stand_in = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        self._start_of[stand_in.data_ptr()] = start
+        return _Range(start, stand_in)
+
+
+def _move(transfer: Callable[[memoryview, int], int], tensor: torch.Tensor) -> None:
+    """Transfer all bytes of a contiguous CPU tensor; one system call may do a part only."""
+    nbytes = tensor.numel() * tensor.element_size()
+    view = memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+    done = 0
+    while done < nbytes:
+        count = transfer(view[done:], done)
+        if count <= 0:
+            raise OSError(errno.EIO, f"the file of optimizer state ended {nbytes - done} bytes early")
+        done += count
 
 
 def open_store(device: torch.device, directory: Path | None) -> Store:

@@ -42,16 +42,16 @@ class Sweep:
     def continued(self, schedule: Schedule) -> "Sweep":
         """The same round under another schedule: its steps without the chunks that were trained already."""
         following = Sweep(schedule, self.count)
-        following._trained = set(self._trained)
-        following._steps = following._without(self._trained) or list(schedule.steps)
+        following._trained = self._trained | self._stepped  # also those that one of two optimizers has stepped already
+        following._steps = following._without(following._trained) or list(schedule.steps)
         return following
 
     def with_current(self, chunks: tuple[int, ...], options: tuple[str, ...]) -> "Sweep":
         """The same round, with these chunks next and the rest after them."""
         following = Sweep(self.schedule, self.count)
-        following._trained = set(self._trained)
+        following._trained = (self._trained | self._stepped) - set(chunks)
         first = replace(self.current, chunks=tuple(sorted(chunks)), options=options)
-        following._steps = [first, *following._without(self._trained | set(chunks))]
+        following._steps = [first, *following._without(following._trained | set(chunks))]
         return following
 
     def _without(self, trained: set[int]) -> list[Step]:

@@ -84,6 +84,12 @@ class Updater:
         if len(found) > 1:
             gc.collect()  # an optimizer that was replaced may still wait for the collector
             found = optimizers_of(chunk.leaf for chunk in self._chunks)
+        strangers = [] if found else optimizers_of(chunk.weight for chunk in self._chunks)
+        if strangers:
+            raise ValueError(
+                f"{type(strangers[0]).__name__} misses every chunk: it holds the parameters of the wrapped model, which get no gradients. "
+                f"Build it from model.parameters() of the compiled model"
+            )
         holders: dict[int, Optimizer] = {}
         for optimizer in found:
             for number in self.chunks_of(optimizer):

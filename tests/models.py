@@ -20,22 +20,35 @@ Batch = Mapping[str, torch.Tensor]
 
 def llama(*, tied: bool = False, **changes: Any) -> nn.Module:
     """Two blocks, two query heads to one key and value head."""
-    settings: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    settings |= dict(intermediate_size=24, vocab_size=VOCABULARY, max_position_embeddings=32, tie_word_embeddings=tied)
+    settings: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"intermediate_size": 24, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "tie_word_embeddings": tied}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes)))
 
 
 def gpt2(*, tied: bool = True, dropout: float = 0.0, **changes: Any) -> nn.Module:
     """Two blocks of LayerNorm, Conv1D and biases."""
-    settings: dict[str, Any] = dict(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=32, tie_word_embeddings=tied)
-    settings |= dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0)
+    settings: dict[str, Any] = {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": VOCABULARY,
+        "n_positions": 32,
+        "tie_word_embeddings": tied,
+    }
+    settings |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout, "bos_token_id": 0, "eos_token_id": 0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(settings | changes)))
 
 
 def bert_config(**changes: Any) -> Any:
     """Two blocks, three classes, no dropout."""
-    settings: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3)
-    settings |= dict(vocab_size=VOCABULARY, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_labels": 3,
+    }
+    settings |= {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return transformers.BertConfig(**(settings | changes))
 
 

@@ -15,12 +15,12 @@ from chunkft_compile import BudgetError, CaptureError
 from chunkft_compile.errors import TrainingError
 from tests.conftest import Workshop
 from tests.invariants.harness import compile_quickly
-from tests.models import CASES, Mlp, compute_loss, gpt2, llama, token_batch, vector_batch
+from tests.models import CASES, Case, Mlp, compute_loss, gpt2, llama, token_batch, vector_batch
 
 pytestmark = pytest.mark.usefixtures("captures_once")
 
 PLENTY = 10**8
-LLAMA = CASES[0]
+LLAMA, BERT, MLP = CASES[0], CASES[4], CASES[6]
 
 
 def _loss(model: nn.Module, seed: int = 0) -> torch.Tensor:
@@ -34,7 +34,7 @@ def _mlp() -> chunkft_compile.ChunkedModule:
 
 @pytest.mark.parametrize("budget", ["lots", "14 parsecs", "-1GB", "0", "120%", 0, -5, 1.5, None, True])
 def test_a_malformed_budget_shows_the_forms(budget: Any) -> None:
-    with pytest.raises(ValueError, match=r'write "14GB" \(10\^9 bytes\), "13.5GiB" \(2\^30\), |write "14GB"'):
+    with pytest.raises(ValueError, match=r'write "14GB" \(10\^9 bytes\), "13\.5GiB" \(2\^30 bytes\)'):
         chunkft_compile.compile(Mlp(), budget)
 
 
@@ -45,9 +45,18 @@ def test_a_budget_below_the_weights() -> None:
     assert (caught.value.binding, caught.value.smallest_nbytes) == ("weights", weights + 1)
 
 
-@pytest.mark.parametrize("case", [LLAMA, CASES[4], CASES[6]], ids=lambda case: case.name)
-@pytest.mark.parametrize("factor", [1.05, 1.4])
-def test_a_too_small_budget_names_the_smallest_that_works(case: Any, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("case", "factor"),
+    [
+        (MLP, 1.05),
+        (MLP, 1.4),
+        (LLAMA, 1.4),
+        pytest.param(LLAMA, 1.05, marks=pytest.mark.slow),
+        pytest.param(BERT, 1.05, marks=pytest.mark.slow),
+        pytest.param(BERT, 1.4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_too_small_budget_names_the_smallest_that_works(case: Case, factor: float) -> None:
     batch = case.batch(0)
     args, kwargs = case.arguments()
     plain = case.build()
@@ -89,7 +98,8 @@ def test_another_mode_is_captured_anew(workshop: Workshop) -> None:
     assert len(losses()) == 3
     model.eval()
     assert not plain.training
-    assert losses() == {pytest.approx(compute_loss(plain, batch).item(), rel=1e-5)}
+    (without,) = losses()
+    assert without == pytest.approx(compute_loss(plain, batch).item(), rel=1e-5)
     assert workshop.captured == before + 2
     model.train()
     assert len(losses()) == 3
@@ -120,7 +130,7 @@ def test_two_optimizers_that_share_the_chunks_out() -> None:
 def test_an_optimizer_that_misses_chunks() -> None:
     model = _mlp()
     optimizer = SGD(list(model.parameters())[1:], lr=0.1)
-    with pytest.raises(ValueError, match=r"SGD misses enter\.weight\[0:8\]: they would never be trained\. Build it from model\.parameters\(\)"):
+    with pytest.raises(ValueError, match=r"SGD misses enter\.weight\[0:8\]: .* never be trained\. Build it from model\.parameters\(\)"):
         _loss(model)
     assert len(optimizer.param_groups) == 1
 
@@ -141,7 +151,7 @@ def test_backward_twice(retain_graph: bool) -> None:
     loss = output.sum()
     loss.backward(retain_graph=True)
     gradients = [chunk.leaf.grad.clone() for chunk in model.chunks if chunk.leaf.grad is not None]
-    with pytest.raises(TrainingError, match=r"backward\(\) was already called on this loss; its saved values are gone\. Run the forward again"):
+    with pytest.raises(TrainingError, match=r"backward\(\) was already called on this loss; .*Run the forward again"):
         loss.backward(retain_graph=retain_graph)
     after = [chunk.leaf.grad for chunk in model.chunks if chunk.leaf.grad is not None]
     torch.testing.assert_close(after, gradients, rtol=0, atol=0)
@@ -150,13 +160,13 @@ def test_backward_twice(retain_graph: bool) -> None:
 def test_a_second_forward_before_the_backward() -> None:
     model = _mlp()
     loss = _loss(model)
-    with pytest.raises(TrainingError, match=r"a second training forward before the backward of the first: .*drop the first loss \(del loss\)"):
+    with pytest.raises(TrainingError, match=r"a second training forward before the backward .*drop the first loss \(del loss\)"):
         _loss(model)
     with torch.no_grad():
         assert _loss(model).item() == loss.item()
     del loss
-    _loss(model).backward()
-    _loss(model).backward()
+    torch.autograd.backward(_loss(model))
+    torch.autograd.backward(_loss(model))
 
 
 def test_inputs_on_another_device() -> None:
@@ -168,7 +178,7 @@ def test_inputs_on_another_device() -> None:
 def test_a_closure() -> None:
     model = _mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
-    _loss(model).backward()
+    torch.autograd.backward(_loss(model))
     with pytest.raises(ValueError, match=r"optimizer\.step\(closure\) is not supported: .*call backward\(\) before step\(\)"):
         optimizer.step(lambda: 0.0)
 
@@ -212,7 +222,7 @@ def test_what_would_part_weights_and_chunks(move: Callable[[nn.Module], object],
     with pytest.raises(error, match=message):
         move(model)
     torch.testing.assert_close(model.state_dict(), before)
-    _loss(model.to("cpu").float()).backward()
+    torch.autograd.backward(_loss(model.to("cpu").float()))
 
 
 class _Branching(Mlp):
@@ -251,7 +261,7 @@ def test_a_shape_that_depends_on_data() -> None:
 def test_an_optimizer_built_after_the_plan() -> None:
     model = _mlp()
     SGD(model.parameters(), lr=0.1)
-    _loss(model).backward()
+    torch.autograd.backward(_loss(model))
     bigger = Adam(model.parameters(), lr=0.1, amsgrad=True)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TrainingError, match=r"the plan assumed .*, and Adam needs up to .* more for a chunk; build the optimizer before"):
@@ -262,7 +272,7 @@ def test_an_optimizer_built_after_the_plan() -> None:
 
 def test_a_smaller_optimizer_built_after_the_plan_is_welcome() -> None:
     model = _mlp()
-    _loss(model).backward()
+    torch.autograd.backward(_loss(model))
     before = copy.deepcopy(model.state_dict())
     SGD(model.parameters(), lr=0.1).step()
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -273,7 +283,7 @@ def test_outputs_that_are_not_kept() -> None:
     output = model(**token_batch())
     with pytest.raises(AttributeError, match=r"output 'logits' is not kept while training, .*compile\(\.\.\., outputs=\"all\"\) keeps it"):
         output.logits.shape  # noqa: B018
-    with pytest.raises(ValueError, match=r'outputs is "loss" or "all", not "logits"|not \'logits\''):
+    with pytest.raises(ValueError, match='outputs is "loss" or "all", not \'logits\''):
         compile_quickly(llama(), PLENTY, outputs="logits")
 
 
@@ -285,8 +295,8 @@ def test_a_loss_from_kept_logits() -> None:
     def loss(logits: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
 
-    loss(plain(input_ids=ids).logits).backward()
-    loss(model(input_ids=ids).logits).backward()
+    torch.autograd.backward(loss(plain(input_ids=ids).logits))
+    torch.autograd.backward(loss(model(input_ids=ids).logits))
     dense = {name: p.grad for name, p in plain.named_parameters()}
     for chunk in model.chunks:
         gradient = dense[chunk.param]

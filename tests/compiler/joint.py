@@ -2,10 +2,10 @@
 
 import functools
 
-from chunkft_compile.assembly import Rows
+from chunkft_compile.assembly import Rows, propagate
 from chunkft_compile.capture import Capture, capture
-from chunkft_compile.lowering import Lowering
-from chunkft_compile.segments import cut
+from chunkft_compile.lowering import Demand, Lowering
+from chunkft_compile.segments import Segment, cut
 from tests import models
 
 
@@ -37,3 +37,11 @@ def halves(lowering: Lowering) -> dict[int, Rows]:
         middle = rows.size // 2
         found += [Rows(rows.param, start, stop, rows.size) for start, stop in ((0, middle), (middle, rows.size)) if start < stop]
     return dict(enumerate(found))
+
+
+def demands(lowering: Lowering, segment: Segment, *, sliced: bool = True) -> list[Demand]:
+    """Everything a segment can be asked for when all parameters are trained, in the order of lowering."""
+    rows = halves(lowering) if sliced else whole_rows(lowering)
+    found = propagate(lowering, rows, ["save"] * len(lowering.segments))
+    code, _, _ = found.codes[segment.number]
+    return list(code.demands)

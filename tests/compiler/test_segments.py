@@ -111,7 +111,8 @@ def test_every_call_has_one_segment_and_values_flow_one_way(name: str) -> None:
 def test_blocks_share_a_kind_between_prelude_and_head(name: str) -> None:
     prelude, *blocks, head = cut(captured(name))
     assert (prelude.name, head.name) == ("prelude", "head")
-    assert [block.name.split()[-1] for block in blocks] == ["0", "1", "2"]
+    assert [block.name.split()[-1] for block in blocks] == [str(i) for i in range(len(blocks))]
+    assert len(blocks) >= 2
     assert len({block.kind for block in blocks}) == 1
     assert len({prelude.kind, blocks[0].kind, head.kind}) == 3
 

@@ -20,7 +20,7 @@ from tests.support.allocator import Allocator
 pytestmark = pytest.mark.usefixtures("captures_once")
 
 # Wide and short, so that weights and state outweigh activations and the scalars of a loop are far below 2 %.
-_SHORT = dict(rows=2, tokens=8)
+_SHORT = {"rows": 2, "tokens": 8}
 CASES = (
     Case("llama", functools.partial(llama, hidden_size=32, intermediate_size=96), functools.partial(token_batch, **_SHORT)),
     Case("gpt2 with dropout", functools.partial(gpt2, n_embd=32, dropout=0.1), functools.partial(token_batch, **_SHORT)),

@@ -1,5 +1,8 @@
 """Invariants 1 and 5: a slice's gradient is those rows of the dense gradient, and the dense gradient never exists."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -32,7 +35,7 @@ def steps(draw: st.DrawFn, found: Bench) -> tuple[dict[int, Rows], list[str]]:
         size = _size(found, name)
         inner = draw(st.sets(st.integers(1, size - 1), max_size=2)) if size > 1 else set()
         edges = [0, *sorted(inner), size]
-        pieces = [Rows(name, start, stop, size) for start, stop in zip(edges, edges[1:], strict=False)]
+        pieces = [Rows(name, start, stop, size) for start, stop in itertools.pairwise(edges)]
         active = draw(st.lists(st.sampled_from(pieces), min_size=1, unique_by=lambda rows: rows.start))
         chunks |= {len(chunks) + i: rows for i, rows in enumerate(active)}
     options = draw(st.lists(st.sampled_from(OPTIONS), min_size=len(found.lowering.segments), max_size=len(found.lowering.segments)))
@@ -46,7 +49,7 @@ def _check(found: Bench, chunks: dict[int, Rows], options: list[str]) -> None:
         expected = dense[rows.start : rows.stop] if dense.dim() else dense
         gradient = gradients[number]
         assert gradient is not None, rows
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda text, rows=rows: f"{rows}, {options}: {text}")
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=partial("{}, {}: {}".format, rows, options))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -66,7 +69,7 @@ def test_all_parameters_in_uneven_halves(workshop: Workshop, case: Case, option:
     for name in found.names:
         size = _size(found, name)
         edges = sorted({0, size // 3, size})
-        pieces += [Rows(name, start, stop, size) for start, stop in zip(edges, edges[1:], strict=False)]
+        pieces += [Rows(name, start, stop, size) for start, stop in itertools.pairwise(edges)]
     _check(found, dict(enumerate(pieces)), [option] * len(found.lowering.segments))
 
 

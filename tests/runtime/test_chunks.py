@@ -25,7 +25,7 @@ def test_chunks_cover_every_element_once_and_are_views(shapes: list[list[int]], 
     chunks = split_parameters(module, limit)
     with torch.no_grad():
         for chunk in chunks:
-            chunk.leaf += 1  # an element in two chunks would become 2, one in none stay 0
+            chunk.leaf.add_(1)  # an element in two chunks would become 2, one in none stay 0
     for parameter in module.parameters():
         assert torch.equal(parameter, torch.ones_like(parameter))
     for chunk in chunks:
