@@ -152,13 +152,13 @@ def main() -> None:
     """Measure all cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), action="append", help="only this model; may be repeated")
-    parser.add_argument("--fraction", type=float, action="append", help="only this fraction; may be repeated (default: 0.1, 0.4, 0.8)")
+    parser.add_argument("--fraction", type=float, action="append", help="only this fraction; may be repeated (default: 0, 0.1, 0.5)")
     options = parser.parse_args()
 
     cases = []
     for name in options.model or MODELS:
         smallest, plain = run_alone(budget_range, name)
-        cases += [run_alone(measure, name, smallest + int(f * (plain - smallest))) for f in options.fraction or (0.1, 0.4, 0.8)]
+        cases += [run_alone(measure, name, smallest + int(f * (plain - smallest))) for f in options.fraction or (0.0, 0.1, 0.5)]
     headers = ("model", "budget MB", "T", "predicted MB", "measured MB", "predicted / measured", "verdict")
     print(tabulate([_row(case) for case in cases], headers, disable_numparse=True, colalign=("left", *["right"] * 5, "left")))
     print(f"\n{circumstances(f'4 layers x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch {ROWS} x {TOKENS}, AdamW')}")

@@ -143,8 +143,8 @@ def _side_effects_told(model: nn.Module) -> Iterator[None]:
         found = re.search(r"side effects happened.*?\[(.*)\]", str(warning.message), re.DOTALL)
         if found is None:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        # transformers collects outputs in a global of its own
-        elif sources := [source.strip() for source in found[1].split(",") if "__import_transformers" not in source]:
+        # transformers collects outputs in a global of its own, and notes in the config what kind of problem the labels are
+        elif sources := [source.strip() for source in found[1].split(",") if not re.search(r"__import_transformers|\.config\"", source)]:
             what = ", ".join(sources)
             warnings.warn(f"{type(model).__name__}.forward changes Python state ({what}); training steps will not change it", stacklevel=5)
 
@@ -232,8 +232,9 @@ def _refuse_unplannable(graph: fx.Graph) -> None:
     for node in sorted(graph.nodes, key=lambda node: node.op == "placeholder"):  # calls first: they know their line
         value = node.meta.get("val")
         leaves = pytree.tree_leaves(value) if node.op != "output" else []
-        where = (node.meta.get("stack_trace") or "").strip().splitlines()
-        place = "\n  ".join(where[-2:]) or node.name
+        lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+        files = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
+        place = "\n  ".join(line.strip() for line in lines[files[-1] : files[-1] + 2]) if files else node.name
         if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves) or any(
             isinstance(leaf, torch.Tensor) and any(not isinstance(size, int) for size in leaf.shape) for leaf in leaves
         ):

@@ -102,6 +102,7 @@ class Session:
 
     def begin(self, compiled: Compiled) -> Step:
         """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
+        self._updater.recover()
         held = {number for number, chunk in enumerate(self.chunks) if chunk.leaf.grad is not None}
         if self.sweep is None:
             self._solve(compiled)

@@ -23,7 +23,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch._C._autograd import _profiler_enabled
@@ -83,16 +83,31 @@ class PeakMeter:
 def measure_calls(calls: Sequence[Callable[[], object]], device: torch.device | str) -> list[CallCost]:
     """Memory and wall seconds of each call, in order. Each runs four times: to warm up, for its memory, and twice for its time.
 
-    Calls must be repeatable. What they return counts in `end_nbytes` and is dropped before the next one starts. `seconds` is the better of
-    two runs outside the profiler. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring.
+    Calls must be repeatable. What they return counts in `end_nbytes` and is dropped before the next one starts. `seconds` is the
+    better of two runs outside the profiler. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring, and
+    random generators are put back afterwards.
     """
     device = _measurable(device)
-    with _alone(), _uncollected():
+    with _alone(), _uncollected(), _same_randomness(device):
         for call in calls:
             call()
         extents = _cpu_extents(calls) if device.type == "cpu" else [_accelerator_extent(call, device) for call in calls]
         seconds = [min(_timed(call, device) for _ in range(_TIMED_RUNS)) for call in calls]
     return [CallCost(peak, end, s) for (peak, end), s in zip(extents, seconds, strict=True)]
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """Measured calls may draw random numbers (dropout); the program around them must not notice."""
+    on_device: Any = None if device.type == "cpu" else torch.get_device_module(device.type)
+    state = torch.get_rng_state()
+    device_state = on_device.get_rng_state(device) if hasattr(on_device, "get_rng_state") else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        if device_state is not None:
+            on_device.set_rng_state(device_state, device)
 
 
 class _Change(NamedTuple):

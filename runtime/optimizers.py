@@ -101,21 +101,28 @@ def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], de
     largest: dict[tuple[bool, torch.dtype], Layout] = {}
     for layout in sorted(distinct, key=_numel):
         largest[_class(layout)] = layout
-    sample: Layout = ((1024,), next(iter(distinct))[1])
-    probes = [_prepare(optimizer, [layout], device) for layout in largest.values()]
-    probes += [_prepare(optimizer, [sample], device), _prepare(optimizer, [sample, sample], device)]
-    *peaks, alone, pair = (cost.peak_nbytes for cost in measure_calls([partial(step_only, p) for p in probes], device))
+    dtype = next(iter(distinct))[1]
+    vector, matrix = ((1024,), dtype), ((32, 32), dtype)
+    trials: list[list[Layout]] = [*([layout] for layout in largest.values()), [vector], [vector, vector], [matrix], [matrix, matrix]]
+    probes = [_prepare(optimizer, trial, device) for trial in trials]
+    *peaks, one, two, one_matrix, two_matrices = (c.peak_nbytes for c in measure_calls([partial(step_only, p) for p in probes], device))
     del probes
     transient = dict(zip(largest, peaks, strict=True))
     costs = {}
-    spare = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
     for layout in distinct:
         state, counters = _state_nbytes(_prepare(optimizer, [layout], device))
         whole = _numel(largest[_class(layout)])
         scaled = -(-transient[_class(layout)] * _numel(layout) // whole)
-        costs[layout] = StepCost(state, counters, scaled + (spare if transient[_class(layout)] else 0))
+        costs[layout] = StepCost(state, counters, scaled + (_spare_nbytes(layout, state, device) if scaled else 0))
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
-    return OptimizerCost(name, costs, pair / alone if alone else 1.0)
+    return OptimizerCost(name, costs, max(two / one if one else 1.0, two_matrices / one_matrix if one_matrix else 1.0))
+
+
+def _spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
+    """What scaling by elements misses: one-element temporaries, and the rows and columns of a factored optimizer."""
+    scalars = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
+    factored = len(layout[0]) > 1 and 0 < state_nbytes < _numel(layout) * layout[1].itemsize
+    return scalars + (2 * layout[1].itemsize * sum(layout[0]) if factored else 0)
 
 
 def _class(layout: Layout) -> tuple[bool, torch.dtype]:

@@ -5,6 +5,7 @@ on the device at a time: groups but the last are stepped before the user's call 
 gradients, and every `torch.optim` optimizer skips parameters without one.
 """
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -66,12 +67,9 @@ class Updater:
         self._mover = mover
         self._program, self._resident, self._done = program, resident, done
         self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
-        me = weakref.ref(self)
-        # Hooks are global; they hold this object weakly and leave with it.
-        before = register_optimizer_step_pre_hook(lambda o, args, kwargs: _alive(me, "before_step", o, args, kwargs))
-        after = register_optimizer_step_post_hook(lambda o, args, kwargs: _alive(me, "after_step", o, args, kwargs))
-        weakref.finalize(self, before.remove)
-        weakref.finalize(self, after.remove)
+        self._stepped: set[int] = set()  # of the pending step
+        _updaters.add(self)
+        _hook_optimizers()
 
     def chunks_of(self, optimizer: Optimizer) -> list[int]:
         """Numbers of the chunks that `optimizer` trains."""
@@ -114,6 +112,7 @@ class Updater:
         mine = self.chunks_of(optimizer)
         if not mine:
             return
+        self.recover()
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) is not supported: a closure would run the step again; call backward() before step()")
         ready = {number for number in mine if self._chunks[number].leaf.grad is not None}
@@ -125,11 +124,27 @@ class Updater:
         instructions = _restricted(self._program(optimizer), ready)
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
-        self._show(gradients, ())
-        for instruction in instructions[:last]:
-            self._execute(instruction, optimizer, gradients)
-        self._show(gradients, instructions[last].chunks)
         self._pending = (optimizer, instructions[last + 1 :], gradients)
+        self._show(gradients, ())
+        try:
+            for instruction in instructions[:last]:
+                self._execute(instruction, optimizer, gradients)
+        except BaseException:
+            self.recover()
+            raise
+        self._show(gradients, instructions[last].chunks)
+
+    def recover(self) -> None:
+        """After an error inside a step, show the gradients of the chunks that were not stepped. Those that were have none."""
+        if self._pending is not None:
+            _, _, gradients = self._pending
+            self._pending = None
+            self._show(gradients, tuple(gradients))
+            for number in self._stepped:
+                self._chunks[number].leaf.grad = None
+            if self._stepped:
+                self._done(frozenset(self._stepped))
+        self._stepped = set()
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Send the last group's state away, show all gradients again, and report."""
@@ -140,6 +155,7 @@ class Updater:
         for instruction in rest:
             self._execute(instruction, optimizer, gradients)
         self._show(gradients, tuple(gradients))
+        self._stepped = set()
         self._done(frozenset(gradients))
 
     def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
@@ -150,6 +166,7 @@ class Updater:
             case Op.UPDATE:
                 self._show(gradients, instruction.chunks)
                 step_only(optimizer)
+                self._stepped.update(instruction.chunks)
                 self._show(gradients, ())
             case Op.EVICT:
                 for number in instruction.chunks:
@@ -160,9 +177,22 @@ class Updater:
             self._chunks[number].leaf.grad = gradient if number in shown else None
 
 
-def _alive(reference: "weakref.ref[Updater]", method: str, *arguments: Any) -> None:
-    updater = reference()
-    if updater is not None:
+_updaters: "weakref.WeakSet[Updater]" = weakref.WeakSet()
+
+
+@functools.cache
+def _hook_optimizers() -> None:
+    """Ask every updater at every optimizer step, from the first compiled model on.
+
+    torch has global hooks only. Two of them, for good, instead of two per model that leave with it: torch iterates over them, and
+    a model may be collected meanwhile.
+    """
+    register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _tell("before_step", optimizer, args, kwargs))
+    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: _tell("after_step", optimizer, args, kwargs))
+
+
+def _tell(method: str, *arguments: Any) -> None:
+    for updater in list(_updaters):
         getattr(updater, method)(*arguments)
 
 

@@ -38,24 +38,8 @@ def test_a_malformed_budget_shows_the_forms(budget: Any) -> None:
         chunkft_compile.compile(Mlp(), budget)
 
 
-def test_a_budget_below_the_weights() -> None:
-    weights = sum(p.numel() * 4 for p in Mlp().parameters())
-    with pytest.raises(BudgetError, match=r"the weights of Mlp alone take 620 B, the budget is 600 B; give more") as caught:
-        chunkft_compile.compile(Mlp(), 600)
-    assert (caught.value.binding, caught.value.smallest_nbytes) == ("weights", weights + 1)
-
-
-@pytest.mark.parametrize(
-    ("case", "factor"),
-    [
-        (MLP, 1.05),
-        (MLP, 1.4),
-        (LLAMA, 1.4),
-        pytest.param(LLAMA, 1.05, marks=pytest.mark.slow),
-        pytest.param(BERT, 1.05, marks=pytest.mark.slow),
-        pytest.param(BERT, 1.4, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("factor", [0.9, 1.05, 1.4])  # 0.9: below the weights themselves
+@pytest.mark.parametrize("case", [MLP, pytest.param(LLAMA, marks=pytest.mark.slow), pytest.param(BERT, marks=pytest.mark.slow)])
 def test_a_too_small_budget_names_the_smallest_that_works(case: Case, factor: float) -> None:
     batch = case.batch(0)
     args, kwargs = case.arguments()

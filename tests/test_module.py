@@ -118,24 +118,32 @@ def test_labels_that_are_the_inputs_do_not_bind_later_calls() -> None:
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_larger_batch_plans_again_and_a_smaller_one_does_not(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
-    model, optimizer = _tight(workshop)
-    with caplog.at_level(logging.INFO, logger="chunkft_compile"):
-        _step(model, optimizer, token_batch())
-        first = model.schedule
-        assert [r.message.split()[0] for r in caplog.records] == ["planned"]
-        _step(model, optimizer, token_batch(rows=1))
-        assert model.schedule is first
-        assert len(caplog.records) == 1
-    bigger = compile_quickly(LLAMA.build(), smallest_nbytes(workshop, LLAMA) * 2)
-    optimizer = AdamW(bigger.parameters(), lr=1e-2)
+def _messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged since the last call."""
+    found = [record.message for record in caplog.records if record.name == "chunkft_compile"]
     caplog.clear()
-    with caplog.at_level(logging.INFO, logger="chunkft_compile"):
-        _step(bigger, optimizer, token_batch(rows=1))
-        _step(bigger, optimizer, token_batch(rows=3))
-    assert any("does not fit this batch: planning again" in r.message for r in caplog.records)
-    assert bigger.schedule is not None
-    assert bigger.schedule.peak_nbytes <= bigger.budget_nbytes
+    return found
+
+
+def test_a_larger_batch_plans_again_and_a_smaller_one_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    large = compile_quickly(Mlp(), PLENTY).plan(vector_batch(rows=32)["x"])
+    assert len(large.steps) == 1
+    model = compile_quickly(Mlp(), large.peak_nbytes - 1)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    caplog.set_level(logging.INFO, logger="chunkft_compile")
+    _step(model, optimizer, vector_batch(rows=8))
+    first = model.schedule
+    assert [message.split()[0] for message in _messages(caplog)] == ["planned"]
+    _step(model, optimizer, vector_batch(rows=4))
+    assert model.schedule is first
+    assert _messages(caplog) == []
+    _step(model, optimizer, vector_batch(rows=32))
+    assert model.schedule is not first
+    again, planned = _messages(caplog)
+    assert "does not fit this batch: planning again" in again
+    assert planned.startswith("planned")
+    assert model.schedule is not None
+    assert model.schedule.peak_nbytes <= model.budget_nbytes
 
 
 def test_zero_grad_before_or_after_is_the_same(workshop: Workshop) -> None:
@@ -215,22 +223,27 @@ def test_buffers_are_updated_as_in_plain_training() -> None:
     assert plain.get_buffer("norm.num_batches_tracked").item() == 3
 
 
+def test_models_share_one_pair_of_global_hooks() -> None:
+    first = compile_quickly(Mlp(), PLENTY)
+    hooks = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+    second = compile_quickly(Mlp(), PLENTY)
+    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == hooks
+    assert first is not second
+
+
 def test_nothing_is_left_of_a_deleted_model(allocator: Allocator) -> None:
     compute_loss(Mlp(), vector_batch())  # what torch allocates at the first use of an operator
     gc.collect()
-    hooks = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
     before = allocator.live()
     plain = Mlp()
     model = compile_quickly(plain, PLENTY)
     optimizer = AdamW(model.parameters())
     _step(model, optimizer, vector_batch())
     assert allocator.live() > before
-    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == (hooks[0] + 1, hooks[1] + 1)
-    alive = [weakref.ref(plain), weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.chunks[0].leaf)]
+    alive: list[weakref.ref[Any]] = [weakref.ref(plain), weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.chunks[0].leaf)]
     del plain, model, optimizer
     gc.collect()
-    assert [ref() for ref in alive] == [None] * len(alive)
-    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == hooks
+    assert all(reference() is None for reference in alive)
     assert allocator.live() == before
 
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, BudgetError) and error.binding != "weights":
+    if isinstance(error, BudgetError):
         # in bytes: a rounded figure handed back as a budget could be too small again
         way_out = f"bound by {error.binding}; the smallest that does: --budget {error.smallest_nbytes}B"
         return f"{str(error).splitlines()[0]} ({way_out})"

@@ -1,6 +1,7 @@
 """Captured and lowered small models, made once per test process."""
 
 import functools
+import warnings
 
 from chunkft_compile.assembly import Rows, propagate
 from chunkft_compile.capture import Capture, capture
@@ -14,7 +15,9 @@ def captured(name: str) -> Capture:
     """The joint graph of a case of `tests.models`."""
     case = next(case for case in models.CASES if case.name == name)
     args, kwargs = case.arguments()
-    return capture(case.build(), args, kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*changes Python state.*config")  # transformers notes the kind of problem there
+        return capture(case.build(), args, kwargs)
 
 
 @functools.cache

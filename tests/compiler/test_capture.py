@@ -13,8 +13,6 @@ from chunkft_compile.errors import CaptureError
 from tests import models
 from tests.compiler.joint import captured
 
-
-
 logger = logging.getLogger("user")
 
 
@@ -24,6 +22,10 @@ class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        return y.sum()
 
 
 def _capture(model: nn.Module, *args: Any, **kwargs: Any) -> Capture:
@@ -101,7 +103,8 @@ def test_changed_buffers_are_mutations() -> None:
             self.norm = nn.BatchNorm1d(4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.inner(x)).square().sum()
+            y: torch.Tensor = self.norm(self.inner(x))
+            return y.square().sum()
 
     model = Normed()
     found = _capture(model, torch.randn(3, 4))
@@ -113,7 +116,7 @@ def test_logging_in_forward_is_ignored(caplog: pytest.LogCaptureFixture) -> None
     class Talking(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             logger.warning("shape %s", x.shape)
-            return self.inner(x).sum()
+            return self.total(x)
 
     found = _capture(Talking(), torch.randn(3, 4))
     assert sorted(found.gradients) == ["inner.bias", "inner.weight"]
@@ -123,7 +126,7 @@ def test_logging_in_forward_is_ignored(caplog: pytest.LogCaptureFixture) -> None
 def test_an_error_names_file_line_and_operation() -> None:
     class Reading(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.inner(x).sum()
+            y = self.total(x)
             return y * 2 if y.item() > 0 else y  # reads a value
 
     with pytest.raises(CaptureError) as caught:
@@ -138,7 +141,8 @@ def test_an_error_names_file_line_and_operation() -> None:
 def test_data_dependent_sizes_are_refused_with_the_line() -> None:
     class Choosing(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x)[x[:, 0] > 0].sum()  # boolean index
+            y: torch.Tensor = self.inner(x)
+            return y[x[:, 0] > 0].sum()  # boolean index
 
     with pytest.raises(CaptureError, match=r"(?s)test_capture\.py.*boolean index|depends on the data.*boolean index"):
         _capture(Choosing(), torch.randn(3, 4))

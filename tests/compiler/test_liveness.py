@@ -190,5 +190,3 @@ def test_lowered_codes_take_what_is_predicted(name: str, option: str, freed: boo
 def _forward(lowering: Lowering, backward: Code, segment: Any) -> Code:
     saved = {read.position for read in backward.reads if read.position >= 0}
     return lowering.forward(segment, lowering.exports(segment) | saved)
-
-

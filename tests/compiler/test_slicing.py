@@ -1,7 +1,7 @@
 """Each slicing rule against the rows of the dense result, on random shapes, strides and ranges, and never a dense node."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,81 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chunkft_compile.slicing import RULES, Rows, Slicer
+from chunkft_compile.slicing import RULES
+from tests.compiler.sliced import Build, Sliced
 
 aten = torch.ops.aten
-
-Build = Callable[[fx.Graph, list[fx.Node]], fx.Node]
 
 sizes = st.integers(2, 6)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 fast = settings(max_examples=10, deadline=None)
-
-
-class Sliced:
-    """An output node over inputs, sliced by `Slicer` with nothing computed beforehand but the inputs."""
-
-    def __init__(self, inputs: Sequence[torch.Tensor], build: Build, rows: tuple[int, int, int]) -> None:
-        self.inputs = list(inputs)
-        self.mode = FakeTensorMode()
-        dim, start, length = rows
-        self._fill(build)
-        self.wanted = _evaluate(self.old, *self.inputs).narrow(dim, start, length)
-        self.graph = fx.Graph()
-        self.env: dict[fx.Node, fx.Node] = {}
-        for node in self.old.nodes:
-            if node.op == "placeholder":
-                self.env[node] = self.graph.placeholder(node.name)
-                self.env[node].meta["val"] = node.meta["val"]
-        begin = self.graph.placeholder("start")
-        begin.meta["val"] = 0
-        self.slicer = Slicer(self.graph, self._read, lambda node: node.op == "placeholder", lambda node, rows: None, self._fake)
-        new = self.slicer.rows_of(self.output, Rows(dim, begin, length))
-        self.graph.output(new)
-        self.got = _evaluate(self.graph, *self.inputs, start)
-        self.made = [node for node in self.graph.nodes if node.op == "call_function"]
-
-    def _fill(self, build: Build) -> None:
-        self.old = fx.Graph()
-        nodes = []
-        for i, tensor in enumerate(self.inputs):
-            node = self.old.placeholder(f"x{i}")
-            node.meta["val"] = self.mode.from_tensor(tensor)
-            nodes.append(node)
-        self.output = build(self.old, nodes)
-        self.old.output(self.output)
-        for node in self.old.nodes:
-            if node.op == "call_function":
-                node.meta["val"] = self._fake(node)
-
-    def _fake(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        with self.mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _read(self, node: fx.Node) -> fx.Node:
-        """The whole value, computed where it is not an input: what an operand that is not sliced needs."""
-        if node not in self.env:
-            self.env[node] = self.graph.node_copy(node, self._read)
-        return self.env[node]
-
-    def check(self) -> None:
-        """Equal rows, no dense fallback, and no node of the dense output's size unless the range is everything."""
-        assert self.slicer.dense == []
-        assert self.got.dtype == self.wanted.dtype
-        tolerance = 2e-2 if self.wanted.dtype is torch.bfloat16 else 1e-5
-        torch.testing.assert_close(self.got, self.wanted, rtol=tolerance, atol=tolerance)
-        dense = self.output.meta["val"].shape
-        if self.wanted.shape != dense:
-            assert [node.name for node in self.made if node.meta["val"].shape == dense] == []
-
-
-def _evaluate(graph: fx.Graph, *arguments: Any) -> torch.Tensor:
-    module = torch.nn.Module()
-    result: torch.Tensor = fx.Interpreter(module, graph=graph).run(*arguments)
-    return result
 
 
 @st.composite
@@ -110,9 +44,9 @@ def _call(target: Any, *more: Any, **kwargs: Any) -> Build:
     return build
 
 
-def _strided(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _strided(data: st.DataObject, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Random values, sometimes laid out backwards."""
-    if draw(st.booleans()):
+    if data.draw(st.booleans()):
         return torch.randn(*reversed(shape)).permute(*reversed(range(len(shape)))).to(dtype)
     return torch.randn(*shape).to(dtype)
 
@@ -121,12 +55,12 @@ def _strided(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype) -> torch
 @given(st.data())
 def test_matrix_products(data: st.DataObject) -> None:
     n, k, m, dtype = data.draw(sizes), data.draw(sizes), data.draw(sizes), data.draw(dtypes)
-    a, b = _strided(data.draw, (n, k), dtype), _strided(data.draw, (k, m), dtype)
+    a, b = _strided(data, (n, k), dtype), _strided(data, (k, m), dtype)
     bias = torch.randn(data.draw(st.sampled_from([(m,), (n, m), (n, 1), (1, m)]))).to(dtype)
     # Operands are inputs here: the operand that is not sliced is read whole and may be as large as the output.
     Sliced([a, b], lambda g, x: g.call_function(aten.mm.default, tuple(x)), data.draw(rows_in((n, m)))).check()
     scaled = data.draw(st.booleans())
-    kwargs = {"beta": 0.5, "alpha": 2.0} if scaled else {}
+    kwargs: dict[str, Any] = {"beta": 0.5, "alpha": 2.0} if scaled else {}
     Sliced([bias, a, b], lambda g, x: g.call_function(aten.addmm.default, tuple(x), kwargs), data.draw(rows_in((n, m)))).check()
 
 
@@ -134,7 +68,7 @@ def test_matrix_products(data: st.DataObject) -> None:
 @given(st.data())
 def test_batched_products(data: st.DataObject) -> None:
     batch, n, k, m = (data.draw(sizes) for _ in range(4))
-    a, b = _strided(data.draw, (batch, n, k), torch.float32), torch.randn(batch, k, m)
+    a, b = _strided(data, (batch, n, k), torch.float32), torch.randn(batch, k, m)
     Sliced([a, b], lambda g, x: g.call_function(aten.bmm.default, tuple(x)), data.draw(rows_in((batch, n, m)))).check()
 
 
@@ -158,10 +92,10 @@ def test_transpositions(data: st.DataObject) -> None:
     a, b = data.draw(st.integers(-count, count - 1)), data.draw(st.integers(-count, count - 1))
     order = data.draw(st.permutations(range(count)))
     signed = [d - count if data.draw(st.booleans()) else d for d in order]
-    x = _strided(data.draw, shape, data.draw(dtypes))
+    x = _strided(data, shape, data.draw(dtypes))
     Sliced([x], _call(aten.permute.default, signed), data.draw(rows_in([shape[d] for d in order]))).check()
     Sliced([x], _call(aten.transpose.int, a, b), data.draw(rows_in(x.transpose(a, b).shape))).check()
-    flat = _strided(data.draw, shape[: data.draw(st.integers(1, 2))], torch.float32)
+    flat = _strided(data, shape[: data.draw(st.integers(1, 2))], torch.float32)
     Sliced([flat], _call(aten.t.default), data.draw(rows_in(flat.t().shape))).check()
 
 
@@ -206,7 +140,7 @@ def test_expand(data: st.DataObject) -> None:
 @given(st.data())
 def test_casts_and_copies(data: st.DataObject) -> None:
     shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
-    x = _strided(data.draw, shape, torch.bfloat16)
+    x = _strided(data, shape, torch.bfloat16)
     rows = data.draw(rows_in(shape))
     Sliced([x], _call(aten._to_copy.default, dtype=torch.float32), rows).check()
     Sliced([x], _call(aten.clone.default, memory_format=torch.contiguous_format), rows).check()
@@ -237,7 +171,7 @@ def test_pointwise_with_broadcasting(target: Any, data: st.DataObject) -> None:
     shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
     other = [1 if data.draw(st.booleans()) else size for size in shape][data.draw(st.integers(0, len(shape) - 1)) :]
     # Both are made by a call, so a broadcast operand is read whole: it must be smaller than the output to be allowed.
-    inputs = [_strided(data.draw, shape, torch.float32), torch.randn(other).abs() + 0.5]
+    inputs = [_strided(data, shape, torch.float32), torch.randn(other).abs() + 0.5]
     Sliced(inputs, _call(target), data.draw(rows_in(shape))).check()
 
 

@@ -28,7 +28,12 @@ def _freeze_some(model: nn.Module) -> set[str]:
     return {name}
 
 
-@pytest.mark.parametrize("case", [*TRANSFORMERS, PLAIN[0], PLAIN[3]], ids=lambda case: case.name)
+QUICK = ("llama-tied", "gpt2", "bert", "mlp", "shared")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in (*TRANSFORMERS, *PLAIN)]
+)
 def test_a_sweep_changes_every_element_once(workshop: Workshop, case: Case) -> None:
     plain = case.build()
     tight = case in TRANSFORMERS
@@ -59,7 +64,7 @@ def test_a_sweep_changes_every_element_once(workshop: Workshop, case: Case) -> N
         assert expected[name].any(), f"{name} has no gradient: this test would see nothing"
 
 
-@pytest.mark.parametrize("case", [*TRANSFORMERS[:1], *PLAIN], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [TRANSFORMERS[1], *PLAIN], ids=lambda case: case.name)
 def test_chunks_cover_every_row_once(case: Case) -> None:
     plain = case.build()
     frozen = _freeze_some(plain)
@@ -71,14 +76,14 @@ def test_chunks_cover_every_row_once(case: Case) -> None:
     assert {name: sorted(found) for name, found in rows.items()} == {name: list(range(size)) for name, size in sizes.items()}
 
 
-def test_frozen_parameters_stay_as_they_are(workshop: Workshop) -> None:
-    case = TRANSFORMERS[0]
+def test_frozen_parameters_stay_as_they_are() -> None:
+    case = PLAIN[3]
     plain = case.build()
     frozen = _freeze_some(plain)
-    model = compile_quickly(plain, smallest_nbytes(workshop, case) * 2)
+    model = compile_quickly(plain, 10**6)
     optimizer = SGD(model.parameters(), lr=LARGE, weight_decay=0.1)
     before = _snapshot(plain)
-    while optimizer.state == {} and (model.schedule is None or model.progress.sweep == 0):
+    while model.schedule is None or model.progress.sweep == 0:
         torch.autograd.backward(compute_loss(model, case.batch(0)))
         optimizer.step()
         optimizer.zero_grad()

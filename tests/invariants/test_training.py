@@ -71,7 +71,7 @@ def test_one_step_to_a_sweep_is_plain_training(name: str, scheduler: str) -> Non
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @few
 @given(
-    name=st.sampled_from(["llama", "llama-tied", "gpt2-tied", "bert", "shared"]),
+    name=st.sampled_from(["llama-tied", "gpt2", "bert", "shared"]),
     part=st.floats(0, 1),
     micro=st.integers(1, 3),
     announced=st.booleans(),
@@ -90,7 +90,7 @@ def test_sweeps_are_the_references(workshop: Workshop, optimizer: str, name: str
 
 def test_weights_move_away_from_a_reference_that_trains_other_rows(workshop: Workshop) -> None:
     """The comparison above can fail: one step's slices swapped with the next one's give other weights."""
-    case, make = BY_NAME["llama"], OPTIMIZERS["adamw"]
+    case, make = BY_NAME["llama-tied"], OPTIMIZERS["adamw"]
     model = compile_quickly(case.build(), smallest_nbytes(workshop, case) * 5 // 4)
     trained = train_sweeps(case, model, make(model.parameters()), sweeps=1, micro=1)
     assert len(trained.steps) > 1

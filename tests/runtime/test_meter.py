@@ -216,6 +216,9 @@ class _FakeAccelerator:
         fakes: dict[str, Callable[..., Any]] = {**names, **numbers, "current_accelerator": lambda check_available: torch.device("cuda")}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.accelerator, name, fake)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: "drawn from")
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: self.restored.append(state))
+        self.restored: list[object] = []
 
     def grow(self, nbytes: int) -> None:
         self.live += nbytes
@@ -251,3 +254,4 @@ def test_accelerator_calls_are_measured_one_by_one(monkeypatch: pytest.MonkeyPat
     assert isinstance(first, CallCost)
     assert (first.peak_nbytes, first.end_nbytes, second.peak_nbytes, second.end_nbytes) == (300, 100, 0, 0)
     assert fake.synchronized > 4
+    assert fake.restored == ["drawn from"]

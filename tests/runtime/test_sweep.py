@@ -1,5 +1,7 @@
 """Every chunk is trained exactly once per round, also when the schedule changes in between."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ def schedules(draw: st.DrawFn, count: int) -> Schedule:
     order = draw(st.permutations(range(count)))
     cuts = draw(st.sets(st.integers(1, count - 1)) if count > 1 else st.just(set()))
     bounds = [0, *sorted(cuts), count]
-    return _schedule([list(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)])
+    return _schedule([list(order[a:b]) for a, b in itertools.pairwise(bounds)])
 
 
 def _round(sweep: Sweep, data: st.DataObject, count: int) -> tuple[list[int], Sweep]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import backend_registration
 
 _SOURCES = [Path(__file__).with_suffix(".h"), Path(__file__).with_suffix(".cpp")]
 _TORCH = Path(torch.__file__).parent
@@ -47,9 +48,9 @@ def register() -> SimDevice:
     """Build the device if needed and register it as `sim` for the rest of the process."""
     library = ctypes.CDLL(str(build()))
     library.sim_register()
-    torch.utils.rename_privateuse1_backend("sim")
-    torch._register_device_module("sim", _device_module())
-    torch.utils.generate_methods_for_privateuse1_backend(unsupported_dtype=None)
+    backend_registration.rename_privateuse1_backend("sim")
+    torch._register_device_module("sim", _device_module())  # type: ignore[no-untyped-call]
+    backend_registration.generate_methods_for_privateuse1_backend(unsupported_dtype=None)
     return SimDevice(library)
 
 
