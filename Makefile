@@ -40,10 +40,10 @@ demo: $(DEMO_INSTALLED) $(SHAKESPEARE) ## fine-tune all of SmolLM2-135M inside a
 	$(BIN)/python examples/demo.py --texts $(SHAKESPEARE) --work $(DEMO)
 
 test: lint ## lint, type check and the tests (under 10 s each)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## the tests marked slow
-	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow || test $$? -eq 5  # 5: there are none
 
 lint: $(INSTALLED) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Memory and CPU time of a training step in a byte budget, against plain AdamW.
 
-    python -m benchmarks.step                       # 12-layer Llama of 134M parameters, 884 MB
+    python -m benchmarks.step                       # 12-layer Llama of 134M parameters, 880 MB
     python -m benchmarks.step --layers 2 --budget 600MB
     python -m benchmarks.step --fused --json
 
@@ -165,7 +165,7 @@ def _table(load: Workload, plain_nbytes: int, plain_predicted_nbytes: int, peak:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", default="884MB", help="budget of the compiled model (default: %(default)s)")
+    parser.add_argument("--budget", default="880MB", help="budget of the compiled model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for the compiled model too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -245,5 +245,5 @@ def _refuse_unplannable(graph: fx.Graph) -> None:
         if node.op == "get_attr" and not isinstance(value, torch.Tensor):
             raise CaptureError(
                 f"{node.name} ({node.target}) calls a sub-graph\n  {place}\n"
-                f"  way out: remove the higher-order operator (torch.utils.checkpoint, flex_attention, cond)"
+                f"  way out: remove the higher-order operator (flex_attention, torch.cond)"
             )

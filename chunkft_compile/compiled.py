@@ -57,11 +57,6 @@ class Compiled:
         """The same signature with other chunks."""
         return Compiled(self.capture, self._fixed_nbytes, self._costs, setting)
 
-    @property
-    def segment_names(self) -> tuple[str, ...]:
-        """Names of the segments, in forward order."""
-        return tuple(segment.name for segment in self._lowering.segments)
-
     def rows(self, number: int) -> Rows:
         """A chunk as assembly wants it."""
         chunk = self.setting.chunks[number]

@@ -114,11 +114,7 @@ class ChunkedModule(nn.Module):
     @property
     def dense_parameters(self) -> tuple[str, ...]:
         """Split parameters whose gradient is computed whole because no slicing rule applies; empty before there is a plan."""
-        session = self._session
-        if session.latest is None or session.sweep is None:
-            return ()
-        programs = [session.program(session.latest, step) for step in session.sweep.schedule.steps]
-        return tuple(sorted({name for program in programs for name in program.dense}))
+        return self._session.dense_parameters()
 
     @property
     def store_nbytes(self) -> int:

@@ -122,6 +122,13 @@ class Session:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, resident=self.planned.schedule.resident, accumulating=self.accumulating)
 
+    def dense_parameters(self) -> tuple[str, ...]:
+        """Split parameters whose gradient is computed whole because no slicing rule applies."""
+        if self.latest is None or self.sweep is None:
+            return ()
+        programs = [self.program(self.latest, step) for step in self.sweep.schedule.steps]
+        return tuple(sorted({name for program in programs for name in program.dense}))
+
     def _get_setting(self) -> Setting:
         """Costs that do not depend on the batch, measured once the user's optimizers can be found."""
         if self._setting is None:
@@ -147,6 +154,8 @@ class Session:
         assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
         self.sweep = self.sweep.continued(schedule) if self.sweep else Sweep(schedule)
         self.latest = compiled
+        if dense := self.dense_parameters():
+            logger.warning("no slicing rule for the gradient of %s: it is computed whole and cut, and counted so", ", ".join(dense))
         logger.info(
             "planned %d chunks in %d steps: peak %s of %s, %s, gap %.1f%%, solved in %.1f s",
             len(self.chunks),

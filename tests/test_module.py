@@ -258,3 +258,38 @@ def test_a_bystanders_optimizer_is_left_alone() -> None:
     optimizer.step(lambda: 0.0)  # a closure, which is refused only where chunks are stepped
     torch.testing.assert_close(other.weight.detach(), before - 1)
     assert model.progress.sweep == 0
+
+
+class _Convolution(nn.Module):
+    """Its large weight has no slicing rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(32, 64, 3)
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed: torch.Tensor = self.convolution(x)
+        return self.head(mixed.mean(-1).relu()).sum()  # type: ignore[no-any-return]
+
+
+def test_a_gradient_without_a_rule_is_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    plain = _Convolution()
+    batch = torch.randn(2, 32, 8)
+    plain(batch).backward()
+    dense = plain.convolution.weight.grad
+    assert dense is not None
+    plain.zero_grad()
+    model = compile_quickly(plain, 200_000)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model(batch).backward()
+    parts = [chunk for chunk in model.chunks if chunk.param == "convolution.weight"]
+    assert len(parts) > 1
+    assert model.dense_parameters == ("convolution.weight",)
+    assert "no slicing rule for the gradient of convolution.weight" in caplog.text
+    active = [chunk for chunk in parts if chunk.leaf.grad is not None]
+    assert active
+    for chunk in active:
+        torch.testing.assert_close(chunk.leaf.grad, dense[chunk.start : chunk.stop], rtol=1e-4, atol=1e-6)
+    optimizer.step()

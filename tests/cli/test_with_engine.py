@@ -25,6 +25,7 @@ def smallest_budget(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
     raise AssertionError(f"{budget}, the fourth advice in a row, is refused too")
 
 
+@pytest.mark.slow
 def test_plan_then_train_in_the_smallest_budget(
     model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

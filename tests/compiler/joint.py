@@ -1,7 +1,6 @@
 """Captured and lowered small models, made once per test process."""
 
 import functools
-import warnings
 
 from chunkft_compile.assembly import Rows, propagate
 from chunkft_compile.capture import Capture, capture
@@ -15,9 +14,7 @@ def captured(name: str) -> Capture:
     """The joint graph of a case of `tests.models`."""
     case = next(case for case in models.CASES if case.name == name)
     args, kwargs = case.arguments()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*changes Python state.*config")  # transformers notes the kind of problem there
-        return capture(case.build(), args, kwargs)
+    return capture(case.build(), args, kwargs)
 
 
 @functools.cache

@@ -112,6 +112,7 @@ def test_codes_are_shared_by_the_segments_of_a_kind() -> None:
     assert len(lowering.codes) == before + 1
 
 
+@pytest.mark.slow
 def test_a_sweep_needs_no_more_codes_for_more_blocks() -> None:
     counts = []
     for layers in (2, 4):

@@ -82,7 +82,7 @@ def _captured(model: nn.Module, *args: Any) -> Capture:
     return capture(model.train(), args, {})
 
 
-def _check(found: Capture, segments: tuple[Segment, ...]) -> None:
+def check(found: Capture, segments: tuple[Segment, ...]) -> None:
     """Every call in exactly one segment; forward values flow up only, backward values down only; positions agree with nodes."""
     calls = [node for node in found.graph.nodes if node.op == "call_function"]
     members = [node for segment in segments for node in segment.nodes]
@@ -104,7 +104,7 @@ def _check(found: Capture, segments: tuple[Segment, ...]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_call_has_one_segment_and_values_flow_one_way(name: str) -> None:
-    _check(captured(name), cut(captured(name)))
+    check(captured(name), cut(captured(name)))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied", "bert"])
@@ -143,7 +143,7 @@ def test_kinds_differ_where_shapes_do() -> None:
 def test_two_stacks() -> None:
     found = _captured(EncoderDecoder(), torch.randn(3, 6), torch.randn(3, 6))
     segments = cut(found)
-    _check(found, segments)
+    check(found, segments)
     blocks = [segment.name for segment in segments if segment.name.startswith(("encoder", "decoder"))]
     assert blocks == ["encoder 0", "encoder 1", "decoder 0", "decoder 1", "decoder 2"]
 
@@ -151,7 +151,7 @@ def test_two_stacks() -> None:
 def test_a_block_used_twice_is_two_segments() -> None:
     found = _captured(Repeated(), torch.randn(3, 6))
     segments = cut(found)
-    _check(found, segments)
+    check(found, segments)
     assert [segment.name for segment in segments][:3] == ["block 0", "block 1", "block 0"]
 
 
@@ -169,5 +169,5 @@ def _is_weight(node: fx.Node, segment: Segment) -> bool:
 def test_one_segment_is_the_fallback(model: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
     found = _captured(model, *args)
     segments = cut(found)
-    _check(found, segments)
+    check(found, segments)
     assert len(segments) == 1

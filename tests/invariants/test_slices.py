@@ -42,7 +42,7 @@ def steps(draw: st.DrawFn, found: Bench) -> tuple[dict[int, Rows], list[str]]:
     return chunks, options
 
 
-def _check(found: Bench, chunks: dict[int, Rows], options: list[str]) -> None:
+def check(found: Bench, chunks: dict[int, Rows], options: list[str]) -> None:
     gradients = found.gradients(chunks, options)
     for number, rows in chunks.items():
         dense = found.dense[rows.param]
@@ -58,7 +58,7 @@ def _check(found: Bench, chunks: dict[int, Rows], options: list[str]) -> None:
 def test_any_slices_are_rows_of_the_dense_gradient(workshop: Workshop, case: Case, data: st.DataObject) -> None:
     found = bench(workshop, case)
     chunks, options = data.draw(steps(found))
-    _check(found, chunks, options)
+    check(found, chunks, options)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -70,7 +70,7 @@ def test_all_parameters_in_uneven_halves(workshop: Workshop, case: Case, option:
         size = _size(found, name)
         edges = sorted({0, size // 3, size})
         pieces += [Rows(name, start, stop, size) for start, stop in itertools.pairwise(edges)]
-    _check(found, dict(enumerate(pieces)), [option] * len(found.lowering.segments))
+    check(found, dict(enumerate(pieces)), [option] * len(found.lowering.segments))
 
 
 def _own_tensors(graph: fx.Graph) -> list[torch.Tensor]:

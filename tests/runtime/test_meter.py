@@ -145,7 +145,8 @@ def test_an_address_an_earlier_session_saw_does_not_confuse() -> None:
         with PeakMeter("cpu") as meter:
             del reused
         assert meter.end_nbytes == 0
-    assert matches
+    if not matches:
+        pytest.skip("the system allocator did not hand out the same address again")
 
 
 def test_other_threads_are_not_seen() -> None:
