@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.liveness import storages
 from chunkft_compile.runtime.meter import CallCost, measure_calls
 
+Slot = tuple[int, torch.dtype]
+"""The how-manieth storage among the arguments of a call, and its dtype."""
+
 _SIGNATURE = "chunkft_signature"  # key in a node's meta
 _VIEW_US = 3  # a view makes no bytes; this is the dispatch
 
@@ -34,11 +37,10 @@ class OperatorCosts:
             for node in graph.nodes:
                 if _is_measured(node) and _signature(node) not in self._table:
                     pending.setdefault(_signature(node), node)
-        arena = _Arena(self.device)
-        for node in pending.values():
-            arena.reserve(node)
-        calls = [_call(node, arena) for node in pending.values()]
-        self._table.update(zip(pending, measure_calls(calls, self.device), strict=True))
+        for nodes in _together(pending.values()):
+            arena = _Arena(nodes, self.device)
+            costs = measure_calls([_call(node, arena) for node in nodes], self.device)
+            self._table.update(zip(map(_signature, nodes), costs, strict=True))
 
     def temporary_nbytes(self, node: fx.Node) -> int:
         """Most bytes inside the call beyond its results."""
@@ -95,16 +97,12 @@ class _Arena:
     Calls are measured together, and their arguments side by side would need more memory than the step they belong to.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, nodes: Iterable[fx.Node], device: torch.device) -> None:
         self._device = device
-        self._counts: dict[tuple[int, torch.dtype], int] = {}
-        self._memory: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-
-    def reserve(self, node: fx.Node) -> None:
-        """Make room for the arguments of `node`."""
-        for key, tensor in _slots(node).values():
-            count = tensor.untyped_storage().nbytes() // tensor.element_size()
-            self._counts[key] = max(self._counts.get(key, 1), count)
+        self._nbytes: dict[Slot, int] = {}
+        for node in nodes:
+            self._nbytes = _widened(self._nbytes, node)
+        self._memory: dict[Slot, torch.Tensor] = {}
 
     def arguments(self, node: fx.Node) -> tuple[Any, Any]:
         """Real arguments with the layouts and the sharing of the fake ones. Integers are 0, a valid index everywhere."""
@@ -121,16 +119,41 @@ class _Arena:
         assert isinstance(arguments, tuple)
         return arguments
 
-    def _allocate(self, key: tuple[int, torch.dtype]) -> torch.Tensor:
+    def _allocate(self, key: Slot) -> torch.Tensor:
         if key not in self._memory:
             fill = 0.5 if key[1].is_floating_point else 0
-            self._memory[key] = torch.full((self._counts[key],), fill, dtype=key[1], device=self._device)
+            count = max(1, self._nbytes[key] // key[1].itemsize)
+            self._memory[key] = torch.full((count,), fill, dtype=key[1], device=self._device)
         return self._memory[key]
 
 
-def _slots(node: fx.Node) -> dict[int, tuple[tuple[int, torch.dtype], torch.Tensor]]:
+def _together(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
+    """Calls that can share an arena no larger than the arguments of the largest call: the step itself will hold those too."""
+    ordered = sorted(nodes, key=lambda node: -sum(_widened({}, node).values()))
+    limit = sum(_widened({}, ordered[0]).values()) if ordered else 0
+    groups: list[tuple[dict[Slot, int], list[fx.Node]]] = []
+    for node in ordered:
+        for i, (nbytes, members) in enumerate(groups):
+            wider = _widened(nbytes, node)
+            if sum(wider.values()) <= limit:
+                groups[i] = (wider, [*members, node])
+                break
+        else:
+            groups.append((_widened({}, node), [node]))
+    return [members for _, members in groups]
+
+
+def _widened(nbytes: dict[Slot, int], node: fx.Node) -> dict[Slot, int]:
+    """Bytes per slot of an arena that also holds the arguments of `node`."""
+    wider = dict(nbytes)
+    for key, tensor in _slots(node).values():
+        wider[key] = max(wider.get(key, 0), tensor.untyped_storage().nbytes())
+    return wider
+
+
+def _slots(node: fx.Node) -> dict[int, tuple[Slot, torch.Tensor]]:
     """Storage -> its slot in the arena and one tensor in it, for every storage among the arguments of a call."""
-    slots: dict[int, tuple[tuple[int, torch.dtype], torch.Tensor]] = {}
+    slots: dict[int, tuple[Slot, torch.Tensor]] = {}
     for source in node.all_input_nodes:
         for leaf in pytree.tree_leaves(source.meta.get("val")):
             if isinstance(leaf, torch.Tensor):

@@ -37,10 +37,15 @@ def lr_factor(step: int, *, warmup: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def build_optimizer(model: Any, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the chunks; fused, because its other implementations allocate a copy of what they step."""
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
 def train(model: Any, batches: Iterator[Batch], device: torch.device, config: LoopConfig, watch: PeakWatch) -> list[float]:
     """Run all optimizer steps; the mean loss of each."""
-    # fused, because the other implementations of AdamW allocate a copy of what they step
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
+    optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup=config.warmup, steps=config.steps))
     losses: list[float] = []
     model.train()

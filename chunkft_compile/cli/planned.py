@@ -9,6 +9,7 @@ import torch
 
 import chunkft_compile
 from chunkft_compile.budget import format_nbytes
+from chunkft_compile.cli.loop import build_optimizer
 from chunkft_compile.pretrained import load_weights
 
 
@@ -46,7 +47,9 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
     # memory and time depend on the shape of a batch, not on which tokens it holds
     ids = torch.zeros(config.batch, config.seq, dtype=torch.int64, device=config.device)
     batch = {"input_ids": ids, "labels": ids}
+    optimizer = build_optimizer(model, lr=0.0, weight_decay=0.0)  # the plan counts what the optimizers it finds need
     model.plan(**batch)
+    del optimizer
     return model, model.plain_peak_nbytes(**batch)
 
 
