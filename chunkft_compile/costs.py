@@ -128,19 +128,26 @@ class _Arena:
 
 
 def _together(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
-    """Calls that can share an arena no larger than the arguments of the largest call: the step itself will hold those too."""
-    ordered = sorted(nodes, key=lambda node: -sum(_widened({}, node).values()))
-    limit = sum(_widened({}, ordered[0]).values()) if ordered else 0
-    groups: list[tuple[dict[Slot, int], list[fx.Node]]] = []
+    """Calls that can share an arena without more memory than the largest of them needs alone, which the step will need too."""
+    ordered = sorted(nodes, key=_needed_nbytes, reverse=True)
+    groups: list[tuple[dict[Slot, int], int, list[fx.Node]]] = []
     for node in ordered:
-        for i, (nbytes, members) in enumerate(groups):
-            wider = _widened(nbytes, node)
-            if sum(wider.values()) <= limit:
-                groups[i] = (wider, [*members, node])
+        for i, (nbytes, results, members) in enumerate(groups):
+            wider, largest = _widened(nbytes, node), max(results, _results_nbytes(node))
+            if sum(wider.values()) + largest <= _needed_nbytes(ordered[0]):
+                groups[i] = (wider, largest, [*members, node])
                 break
         else:
-            groups.append((_widened({}, node), [node]))
-    return [members for _, members in groups]
+            groups.append((_widened({}, node), _results_nbytes(node), [node]))
+    return [members for _, _, members in groups]
+
+
+def _needed_nbytes(node: fx.Node) -> int:
+    return sum(_widened({}, node).values()) + _results_nbytes(node)
+
+
+def _results_nbytes(node: fx.Node) -> int:
+    return sum(storages(node.meta.get("val")).values())
 
 
 def _widened(nbytes: dict[Slot, int], node: fx.Node) -> dict[Slot, int]:
