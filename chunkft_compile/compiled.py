@@ -14,7 +14,7 @@ from chunkft_compile.liveness import Footprint, storages
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.planner.problem import Chunk as SizedChunk
 from chunkft_compile.planner.problem import Problem, Schedule, Step
-from chunkft_compile.planner.program import simulate
+from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
@@ -51,7 +51,7 @@ class Compiled:
         self._costs = costs
         self._lowering = Lowering(capture, cut(capture))
         self._programs: dict[object, Assembled] = {}
-        self._peaks: dict[Assembled, int] = {}
+        self._timelines: dict[Assembled, Timeline] = {}
 
     def under(self, setting: Setting) -> "Compiled":
         """The same signature with other chunks."""
@@ -85,18 +85,18 @@ class Compiled:
             self._programs[key] = self._assemble(step, frozenset(resident), accumulating=accumulating)
         return self._programs[key]
 
-    def peak_nbytes(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> int:
-        """The exact peak of a step."""
+    def timeline(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Timeline:
+        """The exact memory and time of a step."""
         assembled = self.program(step, resident=resident, accumulating=accumulating)
-        if assembled not in self._peaks:
-            self._peaks[assembled] = simulate(assembled.program).peak_nbytes
-        return self._peaks[assembled]
+        if assembled not in self._timelines:
+            self._timelines[assembled] = simulate(assembled.program)
+        return self._timelines[assembled]
 
     def exact(self, schedule: Schedule, *, accumulating: bool) -> Schedule:
         """`schedule` with the exact peak and time of every step in place of the planner's bound."""
         steps = []
         for step in schedule.steps:
-            timeline = simulate(self.program(step, resident=schedule.resident, accumulating=accumulating).program)
+            timeline = self.timeline(step, resident=schedule.resident, accumulating=accumulating)
             steps.append(replace(step, peak_nbytes=timeline.peak_nbytes, us=timeline.us))
         return replace(schedule, steps=tuple(steps))
 
@@ -105,7 +105,7 @@ class Compiled:
         graph = self.capture.graph
         self._costs.measure([graph])
         setting = self.setting
-        layouts = [_layout(chunk) for chunk in setting.chunks]
+        layouts = layouts_of(setting.chunks)
         state = sum(setting.state_nbytes(i) for i in range(len(layouts)))
         gradients = sum(chunk.nbytes for chunk in setting.chunks)
         backward = Footprint(graph).transient_nbytes(frozenset(), self._costs.temporary_nbytes)

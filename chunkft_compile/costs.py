@@ -130,11 +130,12 @@ class _Arena:
 def _together(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
     """Calls that can share an arena without more memory than the largest of them needs alone, which the step will need too."""
     ordered = sorted(nodes, key=_needed_nbytes, reverse=True)
+    limit = _needed_nbytes(ordered[0]) if ordered else 0
     groups: list[tuple[dict[Slot, int], int, list[fx.Node]]] = []
     for node in ordered:
         for i, (nbytes, results, members) in enumerate(groups):
             wider, largest = _widened(nbytes, node), max(results, _results_nbytes(node))
-            if sum(wider.values()) + largest <= _needed_nbytes(ordered[0]):
+            if sum(wider.values()) + largest <= limit:
                 groups[i] = (wider, largest, [*members, node])
                 break
         else:

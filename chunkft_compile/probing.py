@@ -5,12 +5,12 @@ are upper bounds for any step; gradient slices are left out of them and counted 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from chunkft_compile.assembly import Key, Rows, gradient_key, propagate
+from chunkft_compile.assembly import Rows, gradient_key, propagate
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import OPTIONS, SERVES, Code, Demand, Lowering
@@ -51,7 +51,7 @@ class _Wanted:
     @property
     def active(self) -> list[Demand]:
         """All of them, in the order of lowering."""
-        return sorted({*self.passing, *self.slices}, key=lambda d: (d.position, d.length or 0))
+        return _in_order({*self.passing, *self.slices})
 
     @property
     def slices(self) -> list[Demand]:
@@ -62,7 +62,9 @@ class _Wanted:
 def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Probe:
     """Lower every kind in every role and option, measure its operators, and tabulate."""
     wanted = _wanted(lowering, rows)
-    shared = _shared(lowering)
+    base = _base(lowering)
+    shared = _shared(lowering, base)
+    outside = base | set(shared)
     backwards = {(s.number, role, option): code for s in lowering.segments for role, option, code in _codes(lowering, s, wanted[s.number])}
     forwards = {key: _forward(lowering, lowering.segments[key[0]], code) for key, code in backwards.items()}
     costs.measure(code.module.graph for code in {*backwards.values(), *forwards.values()})
@@ -74,7 +76,7 @@ def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Pro
             for role in ("frozen", "passing", "active", "last"):
                 key = (s.number, role, option)
                 if key in backwards:
-                    table[role].append(_cost(lowering, s, wanted[s.number], option, backwards[key], forwards[key], shared, costs))
+                    table[role].append(_cost(s, wanted[s.number], option, backwards[key], forwards[key], outside, costs))
         kind = Kind(*(_pareto(table[role]) for role in ("frozen", "passing", "active", "last")))
         number = kinds.setdefault(kind, len(kinds))
         entry, arriving = _boundary(lowering, s, backwards[s.number, "active", "save"], shared)
@@ -94,7 +96,7 @@ def _wanted(lowering: Lowering, rows: Sequence[Rows]) -> list[_Wanted]:
         for key, demand in demands.items():
             if key in chunk_of:
                 wanted[number].own.append((demand, chunk_of[key]))
-            elif key[0] in lowering.partials and key[0].meta["val"].shape == _gradient_shape(lowering, key):
+            elif _is_share(lowering, key[0]):
                 start = key[1][0] if key[1] else 0
                 wanted[number].partial.append((demand, by_start[lowering.partials[key[0]], start]))
             else:
@@ -102,14 +104,9 @@ def _wanted(lowering: Lowering, rows: Sequence[Rows]) -> list[_Wanted]:
     return wanted
 
 
-def _gradient_shape(lowering: Lowering, key: Key) -> object:
-    return lowering.capture.gradients[lowering.partials[key[0]]].meta["val"].shape
-
-
 def _codes(lowering: Lowering, segment: Segment, wanted: _Wanted) -> list[tuple[str, str, Code]]:
     """(role, option, backward code) of a segment. Without parameters, or with nothing below, roles fall together."""
-    passing = sorted(wanted.passing, key=lambda d: (d.position, d.length or 0))
-    slices = sorted(wanted.slices, key=lambda d: (d.position, d.length or 0))
+    passing, slices = _in_order(wanted.passing), _in_order(wanted.slices)
     roles = {"frozen": [], "passing": passing, "active": wanted.active, "last": slices or passing}
     found = []
     for role, demands in roles.items():
@@ -118,13 +115,18 @@ def _codes(lowering: Lowering, segment: Segment, wanted: _Wanted) -> list[tuple[
     return found
 
 
+def _in_order(demands: Iterable[Demand]) -> list[Demand]:
+    """The order in which demands are lowered: that of the segment's nodes."""
+    return sorted(demands, key=lambda demand: (demand.position, demand.length or 0))
+
+
 def _forward(lowering: Lowering, segment: Segment, backward: Code) -> Code:
     """The forward that saves what `backward` reads of its own segment."""
     saved = {read.position for read in backward.reads if read.position >= 0 and is_forward(segment.nodes[read.position])}
     return lowering.forward(segment, lowering.exports(segment) | saved)
 
 
-def _shared(lowering: Lowering) -> dict[int, int]:
+def _shared(lowering: Lowering, base: set[int]) -> dict[int, int]:
     """Storage -> bytes of values that do not just go to the neighbour: rotary tables, masks, skips over several segments."""
     found: dict[int, int] = {}
     for node, owner in lowering.owner.items():
@@ -133,7 +135,6 @@ def _shared(lowering: Lowering) -> dict[int, int]:
         whole = is_forward(node) or not _is_share(lowering, node)
         if readers - {neighbour} and whole:
             found |= storages(node.meta["val"])
-    base = {storage for node in lowering.capture.graph.find_nodes(op="placeholder") for storage in storages(node.meta.get("val"))}
     return {storage: nbytes for storage, nbytes in found.items() if storage not in base}
 
 
@@ -160,17 +161,9 @@ def _boundary(lowering: Lowering, segment: Segment, code: Code, shared: Mapping[
     )
 
 
-def _cost(
-    lowering: Lowering,
-    segment: Segment,
-    wanted: _Wanted,
-    option: str,
-    backward: Code,
-    forward: Code,
-    shared: Mapping[int, int],
-    costs: OperatorCosts,
-) -> Cost:
-    saved, groups = _saved(segment, backward, shared, _base(lowering))
+def _cost(segment: Segment, wanted: _Wanted, option: str, backward: Code, forward: Code, outside: set[int], costs: OperatorCosts) -> Cost:
+    """`outside` are storages that live whatever the segment does: weights, inputs, values shared by several segments."""
+    saved, groups = _saved(segment, backward, outside)
     slices = frozenset(i for i, demand in enumerate(backward.demands) if demand in set(wanted.slices))
     # A tied weight's share from above is counted as its gradient; where the shares are added, the sum is there beside it.
     tied = {backward.demands[read.demand] for read in backward.reads if read.demand is not None}
@@ -194,7 +187,7 @@ def _base(lowering: Lowering) -> set[int]:
     return {storage for node in nodes for storage in storages(node.meta.get("val"))}
 
 
-def _saved(segment: Segment, backward: Code, shared: Mapping[int, int], base: set[int]) -> tuple[dict[int, int], frozenset[int]]:
+def _saved(segment: Segment, backward: Code, outside: set[int]) -> tuple[dict[int, int], frozenset[int]]:
     """Storages this backward keeps alive from the forward on, and its argument groups that die in it."""
     saved: dict[int, int] = {}
     groups = set()
@@ -202,7 +195,7 @@ def _saved(segment: Segment, backward: Code, shared: Mapping[int, int], base: se
         node = segment.at(read.position)
         if node.op != "call_function":
             continue
-        own = {storage: nbytes for storage, nbytes in storages(node.meta["val"]).items() if storage not in shared and storage not in base}
+        own = {storage: nbytes for storage, nbytes in storages(node.meta["val"]).items() if storage not in outside}
         if is_forward(node):
             saved |= own
         if own and read.demand is None:

@@ -22,7 +22,7 @@ from chunkft_compile.errors import BudgetError, TrainingError
 from chunkft_compile.planner import Problem, Step, budget_error, plan, smallest_budget
 from chunkft_compile.planner.bounds import choose_options
 from chunkft_compile.planner.program import Instruction
-from chunkft_compile.runtime.chunks import split_for_budget
+from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
 from chunkft_compile.runtime.store import bytes_per_s, open_store
 from chunkft_compile.runtime.sweep import Sweep
@@ -133,14 +133,19 @@ class Session:
         """Costs that do not depend on the batch, measured once the user's optimizers can be found."""
         if self._setting is None:
             found = self._updater.check_coverage()
-            layouts = layouts_of(self.chunks)
-            worst = measure_optimizer(found[0] if found else None, layouts, self.device)
-            for optimizer in found[1:]:
-                worst = worst.at_least(measure_optimizer(optimizer, layouts, self.device))
+            cost = self._measure(found, self.chunks)
             link = bytes_per_s(self.device, self.options.directory)
-            self._setting = Setting(self.options.budget_nbytes, self.chunks, worst, link)
+            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
+
+    def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
+        """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""
+        layouts = layouts_of(chunks)
+        worst = measure_optimizer(optimizers[0] if optimizers else None, layouts, self.device)
+        for optimizer in optimizers[1:]:
+            worst = worst.at_least(measure_optimizer(optimizer, layouts, self.device))
+        return worst
 
     def _solve(self, compiled: Compiled) -> None:
         """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
@@ -172,19 +177,16 @@ class Session:
         budget, setting = smallest_budget(problem)[0], compiled.setting
         while True:
             chunks = split_for_budget(self.model, budget)
-            layouts = layouts_of(chunks)
-            if set(layouts) == set(layouts_of(setting.chunks)):
+            if set(layouts_of(chunks)) == set(layouts_of(setting.chunks)):
                 return budget_error(problem)
-            optimizers = self._updater.check_coverage()
-            cost = measure_optimizer(optimizers[0] if optimizers else None, layouts, self.device)
-            setting = replace(setting, chunks=chunks, optimizer=cost)
+            setting = replace(setting, chunks=chunks, optimizer=self._measure(self._updater.check_coverage(), chunks))
             problem = compiled.under(setting).problem(accumulating=self.accumulating)
             budget = max(budget, smallest_budget(problem)[0])
 
     def _fits(self, compiled: Compiled, step: Step) -> bool:
         """Whether a step holds the budget on this signature."""
         resident = self.planned.schedule.resident
-        return compiled.peak_nbytes(step, resident=resident, accumulating=self.accumulating) <= self.options.budget_nbytes
+        return compiled.timeline(step, resident=resident, accumulating=self.accumulating).peak_nbytes <= self.options.budget_nbytes
 
     def _shrink(self, compiled: Compiled, held: list[int]) -> None:
         """Gradients are held and the step no longer fits: plan again, and go on with the part of the step that fits.
