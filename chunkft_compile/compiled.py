@@ -13,7 +13,7 @@ from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.liveness import Footprint, storages
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.planner.problem import Chunk as SizedChunk
-from chunkft_compile.planner.problem import Problem, Schedule, Step
+from chunkft_compile.planner.problem import Link, Problem, Schedule, Step
 from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
@@ -28,7 +28,7 @@ class Setting:
     budget_nbytes: int
     chunks: tuple[Chunk, ...]
     optimizer: OptimizerCost
-    link_bytes_per_s: int
+    link: Link
 
     def state_nbytes(self, number: int) -> int:
         """Optimizer state of a chunk that can leave the device."""
@@ -76,7 +76,7 @@ class Compiled:
             update = cost.state_nbytes + cost.transient_nbytes
             chunks.append(SizedChunk(chunk.name, sized.segment, sized.first, sized.grad_nbytes, cost.state_nbytes, update, sized.grad_us))
         static = self.base_nbytes + found.shared_nbytes + _outputs_nbytes(self.capture)
-        return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, setting.link_bytes_per_s)
+        return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, (setting.link,))
 
     def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
         """The exact program of a step."""
@@ -121,7 +121,7 @@ class Compiled:
             tuple(self.setting.optimizer.transient_nbytes(group) for group in layouts),
             resident,
             state,
-            lambda number: round(2e6 * state[number] / self.setting.link_bytes_per_s),
+            lambda number: self.setting.link.read_us(state[number]) + self.setting.link.write_us(state[number]),
         )
 
         return assemble(

@@ -24,7 +24,7 @@ from chunkft_compile.planner.bounds import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
-from chunkft_compile.runtime.store import bytes_per_s, open_store
+from chunkft_compile.runtime.store import measure_link, open_store
 from chunkft_compile.runtime.sweep import Sweep
 from chunkft_compile.runtime.updates import StateMover, Updater
 
@@ -134,7 +134,7 @@ class Session:
         if self._setting is None:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
-            link = bytes_per_s(self.device, self.options.directory)
+            link = measure_link(self.device, self.options.directory)
             self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting

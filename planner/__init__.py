@@ -2,7 +2,21 @@
 
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.planning import plan
-from chunkft_compile.planner.problem import BudgetError, Chunk, Cost, Kind, Problem, Role, Schedule, Segment, Step
+from chunkft_compile.planner.problem import (
+    BudgetError,
+    Chunk,
+    Cost,
+    Kind,
+    Link,
+    Placement,
+    Places,
+    Problem,
+    Role,
+    Schedule,
+    Segment,
+    Step,
+    Update,
+)
 from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline, simulate
 from chunkft_compile.planner.residency import place_state, transfer_us
 from chunkft_compile.planner.schedules import format_schedule, from_json, to_json
@@ -14,8 +28,11 @@ __all__ = [
     "Cost",
     "Instruction",
     "Kind",
+    "Link",
     "Moment",
     "Op",
+    "Placement",
+    "Places",
     "Problem",
     "Program",
     "Role",
@@ -23,6 +40,7 @@ __all__ = [
     "Segment",
     "Step",
     "Timeline",
+    "Update",
     "VerifyError",
     "budget_error",
     "format_schedule",

@@ -8,7 +8,7 @@ from chunkft_compile.planner.cpsat import build, solve
 from chunkft_compile.planner.explaining import budget_error
 from chunkft_compile.planner.greedy import greedy_steps
 from chunkft_compile.planner.limits import cheapest_us, least_us, most_steps
-from chunkft_compile.planner.problem import Problem, Schedule, Step
+from chunkft_compile.planner.problem import Placement, Places, Problem, Schedule, Step
 from chunkft_compile.planner.residency import place_state
 from chunkft_compile.planner.verifying import verify
 
@@ -27,8 +27,11 @@ def plan(problem: Problem, *, time_limit_s: float = 5.0, seed: int = 0, workers:
     status, gap = "OPTIMAL", 0.0
     if not _is_best(problem, steps):
         steps, status, gap = _improve(problem, steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
-    resident = place_state(problem, steps)
-    schedule = Schedule(problem.budget_nbytes, steps, resident, status, gap, time.perf_counter() - start)
+    resident = set(place_state(problem, steps))
+    away = problem.links[-1].placement
+    state = tuple(Placement.DEVICE if index in resident else away for index in range(len(problem.chunks)))
+    places = Places(state, (Placement.DEVICE,) * len(problem.segments))
+    schedule = Schedule(problem.budget_nbytes, steps, places, status, gap, time.perf_counter() - start)
     verify(problem, schedule)
     return schedule
 

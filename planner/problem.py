@@ -2,17 +2,36 @@
 
 Bytes are allocator bytes on the model's device, times are microseconds. Nothing here knows torch.
 
-The memory of one step, as the planner bounds it (segments `0 .. S-1`, `d` the depth of the step):
+NOTE [memory of a step]
+Segments are `0 .. S-1`, `d` is the depth of the step. The planner bounds every moment of it:
 
     forward s   base + sum(saved[u] for u < s) + entry[s] + forward_peak[s]
-    backward s  base + sum(saved[u] for u <= s) + arriving[s] + gradients(s) + backward_peak[s]      for s >= d
-    update      static + all gradients of the step + the largest update_nbytes of its chunks
+    backward s  base + sum(saved[u] for u <= s) + arriving[s] + gradients(s) + backward_peak[s] + offloaded[s]    for s >= d
+    update      HELD: base + all gradients of the step + the largest update_nbytes of its chunks
+    update s    IMMEDIATE: base + sum(saved[u] for u < s) + arriving[s-1] (none at d) + gradients(s)
+                + the largest update_nbytes of the active chunks with chunk.segment == s                          for s >= d
 
-`base` is `static_nbytes`, plus all gradients of the step when `accumulating` (they are there from the first micro-batch on).
-`gradients(s)` are those of active chunks with `chunk.first >= s`; when accumulating they are already in `base`, and new
-slices come on top until they are added: those of active chunks with `chunk.segment <= s <= chunk.first`. The bound is exact
-for a chain of segments; where storages are shared between segments it errs upwards, and `simulate` on the lowered program
-gives the exact figure.
+`base` is `static_nbytes`, less the weights that are not on the device, plus the slab they are fetched into, plus the optimizer
+state that stays on the device, plus all gradients of the step when `accumulating` (they are there from the first micro-batch on;
+not again in the HELD update). `gradients(s)` are those of active chunks with `chunk.first >= s`; an IMMEDIATE step has applied and
+freed those of higher segments, which leaves `chunk.segment <= s <= chunk.first`. When accumulating, all are in `base`, and new
+slices come on top until they are added: again those of active chunks with `chunk.segment <= s <= chunk.first`.
+
+The slab holds the largest segment whose weights are away: once, or twice where its link overlaps, to fetch one while the other is in
+use. State that is away comes with `update_nbytes`; where its link overlaps, the largest `state_nbytes` of the moment is there again.
+`update_nbytes` of a chunk whose state stays does not contain that state. Weights are fetched for their update into the slab.
+
+The bound is exact for a chain of segments; where storages are shared between segments it errs upwards, and `simulate` on the
+lowered program gives the exact figure.
+
+NOTE [time of a step]
+Segment by segment, compute and transfers are added, or where the link overlaps, the longer of the two counts: a segment's transfers
+run while its neighbour of the same kind computes.
+
+    forward s   forward_us[s]; fetch its weights if they are away, offload its saved input
+    backward s  backward_us[s] + grad_us of the slices it finishes (chunk.segment == s); fetch weights and saved input;
+                IMMEDIATE: also update_us, state there and back, and updated weights back to where they live
+    update      HELD: update_us of all chunks; state there and back, weights there and back where they are away
 """
 
 from dataclasses import dataclass
@@ -28,12 +47,57 @@ class Role(StrEnum):
     LAST = "last"  # gradient slices, no dX: the depth of the step
 
 
+class Update(StrEnum):
+    """When the gradients of a step are applied."""
+
+    HELD = "held"  # they live until `optimizer.step()`: clipping and accumulation see them
+    IMMEDIATE = "immediate"  # inside backward, segment by segment, and freed there
+
+
+class Placement(StrEnum):
+    """Where weights or optimizer state live between uses."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The way between the device and a place beside it.
+
+    `overlaps` says that the engine moves bytes over it while the device computes. `capacity_nbytes` is what the place holds at
+    most; None is no limit.
+    """
+
+    placement: Placement
+    read_bytes_per_s: int
+    write_bytes_per_s: int
+    capacity_nbytes: int | None = None
+    overlaps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.placement is Placement.DEVICE or min(self.read_bytes_per_s, self.write_bytes_per_s) <= 0:
+            raise ValueError(f"a link leads away from the device at a positive speed, got {self}")
+        if self.capacity_nbytes is not None and self.capacity_nbytes < 0:
+            raise ValueError(f"the {self.placement} holds {self.capacity_nbytes} bytes")
+
+    def read_us(self, nbytes: int) -> int:
+        """Time to bring `nbytes` to the device, rounded up."""
+        return -(-nbytes * 1_000_000 // self.read_bytes_per_s)
+
+    def write_us(self, nbytes: int) -> int:
+        """Time to take `nbytes` away from it, rounded up."""
+        return -(-nbytes * 1_000_000 // self.write_bytes_per_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """One option of one role: what it keeps, what it needs, how long it takes.
 
-    `saved_nbytes` lives from this segment's forward to its backward. `forward_peak_nbytes` and `backward_peak_nbytes` are the
-    most bytes above those live when the call starts; gradient slices are not among them.
+    `saved_nbytes` lives on the device from this segment's forward to its backward; `offloaded_nbytes` are away in between.
+    `forward_peak_nbytes` and `backward_peak_nbytes` are the most bytes above those live when the call starts; gradient slices are
+    not among them.
     """
 
     option: str
@@ -42,10 +106,11 @@ class Cost:
     backward_peak_nbytes: int
     forward_us: int
     backward_us: int
+    offloaded_nbytes: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.saved_nbytes, self.forward_peak_nbytes, self.backward_peak_nbytes, self.forward_us, self.backward_us)
-        if min(sizes) < 0:
+        if min(*sizes, self.offloaded_nbytes) < 0:
             raise ValueError(f"option {self.option!r} has a negative cost: {sizes}")
 
 
@@ -81,12 +146,16 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`kind` indexes `Problem.kinds`; `entry_nbytes` arrive from below before forward, `arriving_nbytes` from above before backward."""
+    """`kind` indexes `Problem.kinds`; `entry_nbytes` arrive from below before forward, `arriving_nbytes` from above before backward.
+
+    `weight_nbytes` are weights that no other segment reads, so they can live elsewhere between its calls.
+    """
 
     name: str
     kind: int
     entry_nbytes: int
     arriving_nbytes: int
+    weight_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +163,8 @@ class Chunk:
     """Rows `[start, stop)` of one parameter, as the planner sees them.
 
     `segment` is the lowest segment whose backward its gradient needs, `first` the highest one that emits a part of it (they
-    differ for tied weights). `update_nbytes` is its optimizer state plus what the optimizer allocates while stepping it.
+    differ for tied weights). `update_nbytes` is its optimizer state plus what the optimizer allocates while stepping it,
+    `weight_nbytes` what of it moves with the weights of its segment (0 for a weight that several segments read).
     """
 
     name: str
@@ -104,11 +174,15 @@ class Chunk:
     state_nbytes: int
     update_nbytes: int
     grad_us: int = 0
+    update_us: int = 0
+    weight_nbytes: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.segment <= self.first:
             raise ValueError(f"{self.name}: needs 0 <= segment <= first, got {self.segment} and {self.first}")
-        if self.grad_nbytes <= 0 or self.state_nbytes < 0 or self.update_nbytes < self.state_nbytes or self.grad_us < 0:
+        if self.grad_us < 0 or self.update_us < 0 or self.weight_nbytes < 0:
+            raise ValueError(f"{self.name}: bad times or weights ({self.grad_us} us, {self.update_us} us, {self.weight_nbytes} bytes)")
+        if self.grad_nbytes <= 0 or self.state_nbytes < 0 or self.update_nbytes < self.state_nbytes:
             raise ValueError(
                 f"{self.name}: bad sizes (gradient {self.grad_nbytes}, state {self.state_nbytes}, update {self.update_nbytes})"
             )
@@ -116,7 +190,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Everything the planner decides on. `link_bytes_per_s` is the speed of the store that holds inactive optimizer state."""
+    """Everything the planner decides on.
+
+    `links` are the ways to HOST and DISK, fastest first; the last has no capacity limit, so that everything has a place. `updates`,
+    `state` and `weights` are what a schedule may choose from.
+    """
 
     budget_nbytes: int
     static_nbytes: int
@@ -124,11 +202,21 @@ class Problem:
     segments: tuple[Segment, ...]
     chunks: tuple[Chunk, ...]
     accumulating: bool = False
-    link_bytes_per_s: int = 1_000_000_000
+    links: tuple[Link, ...] = (Link(Placement.DISK, 1_000_000_000, 1_000_000_000),)
+    updates: tuple[Update, ...] = (Update.HELD,)
+    state: tuple[Placement, ...] = tuple(Placement)
+    weights: tuple[Placement, ...] = (Placement.DEVICE,)
 
     def __post_init__(self) -> None:
-        if self.budget_nbytes <= 0 or self.static_nbytes < 0 or self.link_bytes_per_s <= 0:
-            raise ValueError(f"budget {self.budget_nbytes}, static {self.static_nbytes} and link {self.link_bytes_per_s} must be positive")
+        if self.budget_nbytes <= 0 or self.static_nbytes < 0:
+            raise ValueError(f"budget {self.budget_nbytes} and static {self.static_nbytes} must be positive")
+        places = [link.placement for link in self.links]
+        if not self.links or len(set(places)) < len(places) or self.links[-1].capacity_nbytes is not None:
+            raise ValueError(f"links need distinct places, the last one without a capacity limit; got {self.links}")
+        if not self.updates or not self.state or not self.weights:
+            raise ValueError("updates, state and weights each need at least one choice")
+        if self.accumulating and self.updates != (Update.HELD,):
+            raise ValueError("gradients that accumulate over micro-batches are HELD: IMMEDIATE updates would apply each one alone")
         if not self.segments or not self.chunks:
             raise ValueError("a problem needs at least one segment and one chunk")
         for segment in self.segments:
@@ -145,7 +233,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The active chunks (indices into `Problem.chunks`, ascending) and the option of every segment.
+    """The active chunks (indices into `Problem.chunks`, ascending), the option of every segment, and when updates happen.
 
     `peak_nbytes` is the bound of the problem until the step is lowered, then the exact figure of `simulate`; `us` is its time.
     """
@@ -154,6 +242,7 @@ class Step:
     options: tuple[str, ...]
     peak_nbytes: int
     us: int
+    update: Update = Update.HELD
 
     def __post_init__(self) -> None:
         if not self.chunks or list(self.chunks) != sorted(set(self.chunks)):
@@ -161,19 +250,36 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """The planner's answer: one sweep.
+class Places:
+    """Where optimizer state lives, chunk by chunk, and where weights live, segment by segment, between uses."""
 
-    `resident` are the chunks whose optimizer state stays on the device between their steps; all other state is in the store.
+    state: tuple[Placement, ...]
+    weights: tuple[Placement, ...]
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """The chunks whose optimizer state stays on the device, ascending."""
+        return tuple(index for index, place in enumerate(self.state) if place is Placement.DEVICE)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The planner's answer: one sweep, and where things live.
+
     `status` is the CP-SAT status by name ("OPTIMAL", "FEASIBLE") or "GREEDY"; `gap` is the relative distance to the proven bound.
     """
 
     budget_nbytes: int
     steps: tuple[Step, ...]
-    resident: tuple[int, ...]
+    places: Places
     status: str
     gap: float
     solve_s: float
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """The chunks whose optimizer state stays on the device, ascending."""
+        return self.places.resident
 
     @property
     def peak_nbytes(self) -> int:

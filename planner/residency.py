@@ -33,7 +33,7 @@ def transfer_us(problem: Problem, resident: Sequence[int]) -> int:
     """Time per sweep to fetch and evict all other state, once each (also where the sweep has a single step), rounded up."""
     kept = set(resident)
     moved_nbytes = sum(2 * chunk.state_nbytes for index, chunk in enumerate(problem.chunks) if index not in kept)
-    return -(-moved_nbytes * 1_000_000 // problem.link_bytes_per_s)
+    return problem.links[-1].read_us(moved_nbytes)
 
 
 def _room(problem: Problem, steps: Sequence[Step]) -> _Room:

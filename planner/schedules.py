@@ -3,18 +3,19 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from enum import StrEnum
 from itertools import groupby
-from types import GenericAlias
+from types import GenericAlias, NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from tabulate import tabulate
 
 from chunkft_compile.planner.bounds import depth_of
-from chunkft_compile.planner.problem import Chunk, Cost, Kind, Problem, Schedule, Segment, Step
+from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Places, Problem, Schedule, Segment, Step
 from chunkft_compile.planner.residency import transfer_us
 from chunkft_compile.planner.units import format_nbytes
 
-VERSION = 1
+VERSION = 2
 
 Stored = TypeVar("Stored", Problem, Schedule)
 
@@ -43,12 +44,18 @@ def from_json(text: str, expected: type[Stored]) -> Stored:
 
 def _read(value: Any, wanted: Any, where: str) -> Any:
     """`value` as the type `wanted`: a dataclass of this module, a tuple of one type, or a plain value."""
-    if wanted in (Problem, Schedule, Kind, Segment, Chunk, Cost, Step):
+    if wanted in (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places):
         return _read_fields(value, wanted, where)
     if isinstance(wanted, GenericAlias):  # every tuple in the IR is of the form tuple[X, ...]
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
         return tuple(_read(item, get_args(wanted)[0], f"{where}[{number}]") for number, item in enumerate(value))
+    if NoneType in get_args(wanted):  # the only unions are of the form X | None
+        return None if value is None else _read(value, get_args(wanted)[0], where)
+    if isinstance(wanted, type) and issubclass(wanted, StrEnum):
+        if value not in tuple(wanted):
+            raise ValueError(f"{where} must be one of {', '.join(wanted)}, got {value!r}")
+        return wanted(value)
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:  # `isinstance` would take True for 1

@@ -43,9 +43,9 @@ def _verify_chunks(problem: Problem, schedule: Schedule) -> None:
             seen[chunk] = number
     missing = sorted(everything - set(seen))
     _check(not missing, f"never trains {', '.join(problem.chunks[index].name for index in missing)}")
-    odd = [index for index in schedule.resident if index not in everything]
-    _check(not odd, f"keeps the state of chunks {odd}, which do not exist")
-    _check(len(set(schedule.resident)) == len(schedule.resident), f"keeps the state of a chunk twice: {schedule.resident}")
+    places = schedule.places
+    _check(len(places.state) == len(problem.chunks), f"places the state of {len(places.state)} chunks of {len(problem.chunks)}")
+    _check(len(places.weights) == len(problem.segments), f"places the weights of {len(places.weights)} segments of {len(problem.segments)}")
 
 
 def _verify_step(problem: Problem, step: Step, name: str, resident_nbytes: int, resident: set[int], lowered: bool) -> None:

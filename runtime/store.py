@@ -18,6 +18,8 @@ from typing import Protocol
 
 import torch
 
+from chunkft_compile.planner.problem import Link, Placement
+
 
 class Store(Protocol):
     """Keeps copies of tensors outside the budgeted memory."""
@@ -143,11 +145,15 @@ def open_store(device: torch.device, directory: Path | None) -> Store:
     return FileStore(directory or Path(tempfile.gettempdir()))
 
 
-def bytes_per_s(device: torch.device, directory: Path | None) -> int:
-    """Measured speed of such a store, there and back, on 2 MiB."""
+def measure_link(device: torch.device, directory: Path | None) -> Link:
+    """The way to such a store and its measured speed, on 2 MiB."""
     store = open_store(device, directory)
     sample = torch.ones(2**19, device=device)
     store.get(store.put("sample", sample), device)
     start = time.perf_counter()
-    store.get(store.put("sample", sample), device)
-    return max(1, int(2 * 2**21 / (time.perf_counter() - start)))
+    stand_in = store.put("sample", sample)
+    middle = time.perf_counter()
+    store.get(stand_in, device)
+    end = time.perf_counter()
+    place = Placement.DISK if device.type == "cpu" else Placement.HOST
+    return Link(place, max(1, int(2**21 / (end - middle))), max(1, int(2**21 / (middle - start))))
