@@ -1,6 +1,8 @@
 """The planner: a `Problem` of integers in, a `Schedule` out. Imports no torch."""
 
+from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
+from chunkft_compile.planner.methods import method_problem, restrict
 from chunkft_compile.planner.planning import plan
 from chunkft_compile.planner.problem import (
     BudgetError,
@@ -33,6 +35,7 @@ __all__ = [
     "Op",
     "Placement",
     "Places",
+    "Prefer",
     "Problem",
     "Program",
     "Role",
@@ -45,8 +48,10 @@ __all__ = [
     "budget_error",
     "format_schedule",
     "from_json",
+    "method_problem",
     "place_state",
     "plan",
+    "restrict",
     "simulate",
     "smallest_budget",
     "to_json",
