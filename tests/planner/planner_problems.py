@@ -64,7 +64,7 @@ def transformer(
 def costs(draw: st.DrawFn, *, offloads: bool = False) -> tuple[Cost, ...]:
     numbers = st.tuples(*[st.integers(0, 12)] * 5)
     away = st.integers(0, 6) if offloads else st.just(0)
-    return tuple(Cost(f"option {i}", *draw(numbers), offloaded_nbytes=draw(away)) for i in range(draw(st.integers(1, 2))))
+    return tuple(replace(Cost(f"option {i}", *draw(numbers)), offloaded_nbytes=draw(away)) for i in range(draw(st.integers(1, 2))))
 
 
 @st.composite
