@@ -1,5 +1,6 @@
 """The planner: a `Problem` of integers in, a `Schedule` out. Imports no torch."""
 
+from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, check_fingerprint
 from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.methods import method_problem, restrict
@@ -28,6 +29,7 @@ __all__ = [
     "BudgetError",
     "Chunk",
     "Cost",
+    "Fingerprint",
     "Instruction",
     "Kind",
     "Link",
@@ -35,6 +37,8 @@ __all__ = [
     "Op",
     "Placement",
     "Places",
+    "Plan",
+    "PlanMismatch",
     "Prefer",
     "Problem",
     "Program",
@@ -46,6 +50,7 @@ __all__ = [
     "Update",
     "VerifyError",
     "budget_error",
+    "check_fingerprint",
     "format_schedule",
     "from_json",
     "method_problem",

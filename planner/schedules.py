@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from tabulate import tabulate
 
+from chunkft_compile.planner.artefacts import Fingerprint, Plan
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, Places, Problem, Schedule, Segment, Step
 from chunkft_compile.planner.residency import transfer_us
@@ -17,16 +18,18 @@ from chunkft_compile.planner.units import format_nbytes
 
 VERSION = 2
 
-Stored = TypeVar("Stored", Problem, Schedule)
+Stored = TypeVar("Stored", Problem, Schedule, Plan)
+
+_STORED = (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places, Plan, Fingerprint)
 
 
-def to_json(value: Problem | Schedule) -> str:
+def to_json(value: Problem | Schedule | Plan) -> str:
     """A versioned JSON text that `from_json` reads back to an equal value."""
     return json.dumps({"version": VERSION, "type": type(value).__name__, "value": asdict(value)}, indent=1) + "\n"
 
 
 def from_json(text: str, expected: type[Stored]) -> Stored:
-    """The problem or schedule in a text. Anything unknown, missing or of a wrong type is a `ValueError` that names it."""
+    """The problem, schedule or plan in a text. Anything unknown, missing or of a wrong type is a `ValueError` that names it."""
     try:
         envelope = json.loads(text)
     except json.JSONDecodeError as error:
@@ -44,7 +47,7 @@ def from_json(text: str, expected: type[Stored]) -> Stored:
 
 def _read(value: Any, wanted: Any, where: str) -> Any:
     """`value` as the type `wanted`: a dataclass of this module, a tuple of one type, or a plain value."""
-    if wanted in (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places):
+    if wanted in _STORED:
         return _read_fields(value, wanted, where)
     if isinstance(wanted, GenericAlias):  # every tuple in the IR is of the form tuple[X, ...]
         if not isinstance(value, list):
