@@ -138,7 +138,7 @@ def _read(model: Model, solver: cp_model.CpSolver) -> Draft:
         if solver.value(literal):
             weights[s] = place
     ground = settle(model.problem, spread(model.problem, tuple(weights)))
-    kept = sum(state.state_nbytes * solver.value(state.stays) for state in model.states)
+    kept = solver.value(model.kept) * model.unit_nbytes
     left = [list(members) for members in model.groups]
     steps = []
     for step in model.steps:

@@ -54,21 +54,12 @@ class StepVariables:
 
 
 @dataclass(frozen=True, slots=True)
-class StateClass:
-    """Chunks whose state costs the same wherever they are; `stays` of them keep it on the device."""
-
-    chunks: tuple[int, ...]
-    state_nbytes: int
-    moves_us: int
-    stays: cp_model.IntVar
-
-
-@dataclass(frozen=True, slots=True)
 class Model:
     """The model and what is needed to read its answer.
 
     `ground` has all weights on the device and all state away that may be; `away[s, place]` says that the weights of segment `s` live
-    at `place`, and `slab` is what they are fetched into.
+    at `place`, and `slab` is what they are fetched into. `stays[t, s]` is how much state of the chunks that step `t` trains in
+    segment `s` is always on the device, `kept` all of it: amounts, so that which chunks' it is can be settled later.
     """
 
     cp: cp_model.CpModel
@@ -78,8 +69,9 @@ class Model:
     ground: Ground
     capacity: Capacity
     slab: cp_model.IntVar
+    kept: cp_model.IntVar
     away: dict[tuple[int, Placement], cp_model.IntVar] = field(default_factory=dict)
-    states: list[StateClass] = field(default_factory=list)
+    stays: dict[tuple[int, int], cp_model.IntVar] = field(default_factory=dict)
     steps: list[StepVariables] = field(default_factory=list)
 
     def chunk(self, group: int) -> Chunk:
@@ -104,8 +96,7 @@ class Model:
         """What it leaves with the weights and the state where the model puts them."""
         least = (self.problem.budget_nbytes - self.ground.base_nbytes) // self.unit_nbytes
         gained = total(self.problem.segments[s].weight_nbytes // self.unit_nbytes * literal for (s, _), literal in self.away.items())
-        kept = total(self.units(state.state_nbytes) * state.stays for state in self.states)
-        return least + gained - kept - (self.slab if self.away else NOTHING)
+        return least + gained - self.kept - (self.slab if self.away else NOTHING)
 
     @property
     def levels(self) -> list[int]:
@@ -126,9 +117,11 @@ def begin(problem: Problem, groups: list[list[int]]) -> Model:
     cp = cp_model.CpModel()
     largest = max((slab_nbytes(s.weight_nbytes, link) for s in problem.segments for link in away_links(problem)), default=0)
     ground = settle(problem, spread(problem, on_device(problem)))
-    model = Model(cp, problem, groups, unit, ground, Capacity(problem), cp.new_int_var(0, -(-largest // unit), "slab"))
+    capacity = Capacity(problem)
+    slab = cp.new_int_var(0, -(-largest // unit), "slab")
+    kept = cp.new_int_var(0, max(0, capacity.room // unit), "kept")
+    model = Model(cp, problem, groups, unit, ground, capacity, slab, kept)
     _place_weights(model)
-    _place_state(model)
     return model
 
 
@@ -151,20 +144,6 @@ def _place_weights(model: Model) -> None:
             )
             there = [model.units(model.problem.segments[s].weight_nbytes) * v for (s, p), v in model.away.items() if p is link.placement]
             cp.add(total(there) <= max(0, link.capacity_nbytes - state) // model.unit_nbytes)
-
-
-def _place_state(model: Model) -> None:
-    """State that could stay, where moving it takes time that compute does not hide."""
-    if Placement.DEVICE not in model.problem.state:
-        return
-    classes: dict[tuple[int, int], list[int]] = {}
-    for index, chunk in enumerate(model.problem.chunks):
-        moves_us = model.ground.state_moves[index].exposed_us
-        if moves_us and model.ground.places.state[index] is not Placement.DEVICE:
-            classes.setdefault((chunk.state_nbytes, moves_us), []).append(index)
-    for (nbytes, moves_us), chunks in classes.items():
-        stays = model.cp.new_int_var(0, len(chunks), f"stays_{nbytes}_{moves_us}")
-        model.states.append(StateClass(tuple(chunks), nbytes, moves_us, stays))
 
 
 def add_step(model: Model, number: int) -> StepVariables:
@@ -194,8 +173,27 @@ def add_step(model: Model, number: int) -> StepVariables:
     for (s, place), literal in step.returns.items():
         cp.add(literal >= model.away[s, place] + step.reaches[s] - 1)
     _constrain_roles(model, step)
+    _place_state(model, step, number)
     model.steps.append(step)
     return step
+
+
+def _place_state(model: Model, step: StepVariables, number: int) -> None:
+    """State that may stay, of chunks whose state is otherwise moved."""
+    if Placement.DEVICE not in model.problem.state:
+        return
+    for s in sorted({chunk.segment for chunk in model.problem.chunks}):
+        moving = [g for g, members in enumerate(model.groups) if model.chunk(g).segment == s and _moves(model, members)]
+        sizes = {g: model.units(model.chunk(g).state_nbytes) for g in moving}
+        most = min(model.most_room, sum(largest(step.counts[g]) * sizes[g] for g in moving))
+        if most:
+            model.stays[number, s] = model.cp.new_int_var(0, most, f"stays_{number}_{s}")
+            model.cp.add(model.stays[number, s] <= total(sizes[g] * step.counts[g] for g in moving))
+
+
+def _moves(model: Model, members: list[int]) -> bool:
+    move = model.ground.state_moves[members[0]]
+    return move.hidden_us + move.exposed_us > 0
 
 
 def _roles(step: StepVariables, s: int) -> dict[Role, Expression]:
@@ -232,7 +230,8 @@ def _constrain_roles(model: Model, step: StepVariables) -> None:
 
 
 def train_every_chunk(model: Model) -> None:
-    """Every chunk in exactly one step."""
+    """Every chunk in exactly one step, and what stays of their state counted together."""
+    model.cp.add(model.kept == total(model.stays.values()))
     for g, members in enumerate(model.groups):
         model.cp.add(total(step.counts[g] for step in model.steps) == len(members))
 
@@ -248,7 +247,7 @@ def order_steps(model: Model) -> None:
         model.cp.add(total(step.reaches[s] for step in model.steps) >= needed)
         for step in model.steps[:needed]:
             model.cp.add(step.reaches[s] == 1)
-    if model.capacity.held_only and not model.states:
+    if model.capacity.held_only:
         _order_updates(model)
 
 

@@ -2,7 +2,7 @@
 
 Where no link overlaps, every term is linear and what each chunk costs wherever it is trained is left out as a constant. Where
 one does, a variable per segment and direction is at least its compute and at least its hidden transfers. What weights that are away
-cost when they are updated is left out, and so is what state that stays would save on an overlapping link: the bound stays a bound.
+cost when they are updated is left out: the bound stays a bound.
 """
 
 from dataclasses import dataclass, field
@@ -11,14 +11,17 @@ from chunkft_compile.planner.cpsat_model import Expression, Model, StepVariables
 from chunkft_compile.planner.grounds import Transfer, offload
 from chunkft_compile.planner.problem import Link, Role, Update
 
+_SCALE = 1000  # a unit of bytes may take less than a microsecond
+
 
 @dataclass(slots=True)
 class _Phase:
-    """Terms of one segment in one direction, or of a HELD update. `only` are terms of IMMEDIATE updates."""
+    """Terms of one segment in one direction, or of a HELD update. `spared` are hidden transfers that do not happen, times `_SCALE`."""
 
     compute: list[Expression] = field(default_factory=list)
     hidden: list[Expression] = field(default_factory=list)
     exposed: list[Expression] = field(default_factory=list)
+    spared: list[Expression] = field(default_factory=list)
 
     def add(self, transfer: Transfer, literal: Expression) -> None:
         """A transfer that happens if `literal` is 1 (or so many times)."""
@@ -42,15 +45,33 @@ def constant_us(model: Model) -> int:
 
 def sweep_us(model: Model) -> Expression:
     """The objective: microseconds of a sweep, less `constant_us`."""
-    saved = total(state.moves_us * state.stays for state in model.states)
-    return total(_step_us(model, step, number) for number, step in enumerate(model.steps)) - saved
+    return total(_step_us(model, step, number) for number, step in enumerate(model.steps)) - _saved_us(model)
+
+
+def _saved_us(model: Model) -> Expression:
+    """What state that stays saves of exposed transfers."""
+    stays = [(_rate(model, s, hidden=False), amount) for (_, s), amount in model.stays.items()]
+    most = sum(move.exposed_us for move in model.ground.state_moves)
+    saved = model.cp.new_int_var(0, most, "saved_us")
+    model.cp.add(_SCALE * saved <= total(rate * amount for rate, amount in stays))
+    return saved
+
+
+def _rate(model: Model, segment: int, *, hidden: bool) -> int:
+    """Microseconds per unit of state, times `_SCALE`, rounded up: of the chunks of a segment the most."""
+    rates = [0]
+    for index, chunk in enumerate(model.problem.chunks):
+        move, units = model.ground.state_moves[index], model.units(chunk.state_nbytes)
+        if chunk.segment == segment and units:
+            rates.append(-(-_SCALE * (move.hidden_us if hidden else move.exposed_us) // units))
+    return max(rates)
 
 
 def _step_us(model: Model, step: StepVariables, number: int) -> Expression:
     terms = []
     for s in range(len(model.problem.segments)):
         forward, backward = _forward(model, step, s), _backward(model, step, s)
-        applied = _applied(model, step, s) if overlapping(model) else None
+        applied = _applied(model, step, number, s) if overlapping(model) else None
         terms.append(_duration(model, forward, f"forward_us_{number}_{s}"))
         terms.append(_duration(model, backward, f"backward_us_{number}_{s}", applied, step))
     if overlapping(model) and Update.HELD in model.problem.updates:
@@ -94,7 +115,7 @@ def _backward(model: Model, step: StepVariables, s: int) -> _Phase:
     return phase
 
 
-def _applied(model: Model, step: StepVariables, s: int) -> _Phase:
+def _applied(model: Model, step: StepVariables, number: int, s: int) -> _Phase:
     """What IMMEDIATE updates add to the backward of a segment."""
     phase = _Phase()
     if Update.IMMEDIATE in model.problem.updates:
@@ -102,6 +123,8 @@ def _applied(model: Model, step: StepVariables, s: int) -> _Phase:
             if model.chunk(g).segment == s:
                 phase.compute.append(_mean(model, members, "update_us") * step.counts[g])
                 phase.add(Transfer(model.ground.state_moves[members[0]].hidden_us), step.counts[g])
+        if (number, s) in model.stays:
+            phase.spared.append(_rate(model, s, hidden=True) * model.stays[number, s])
     return phase
 
 
@@ -110,9 +133,12 @@ def _held_us(model: Model, step: StepVariables, number: int) -> Expression:
     for g, members in enumerate(model.groups):
         phase.compute.append(_mean(model, members, "update_us") * step.counts[g])
         phase.add(Transfer(model.ground.state_moves[members[0]].hidden_us), step.counts[g])
+    spared = total(_rate(model, s, hidden=True) * amount for (t, s), amount in model.stays.items() if t == number)
     held = model.cp.new_int_var(0, _longest(model), f"held_us_{number}")
-    for side in (phase.compute, phase.hidden):
-        bound = model.cp.add(held >= total(side))
+    for bound in (
+        model.cp.add(held >= total(phase.compute)),
+        model.cp.add(_SCALE * held + spared >= _SCALE * total(phase.hidden)),
+    ):
         if step.immediate is not None:
             bound.only_enforce_if(~step.immediate)
     return held
@@ -123,10 +149,14 @@ def _duration(model: Model, phase: _Phase, name: str, applied: _Phase | None = N
     if not phase.hidden and (applied is None or not applied.compute + applied.hidden):
         return total(phase.compute) + total(phase.exposed)
     us = model.cp.new_int_var(0, _longest(model), name)
-    for side in ("compute", "hidden"):
-        model.cp.add(us >= total(getattr(phase, side)))
-        if applied is not None and step is not None:
-            more = model.cp.add(us >= total(getattr(phase, side)) + total(getattr(applied, side)))
+    compute, hidden = total(phase.compute), total(phase.hidden)
+    model.cp.add(us >= compute)
+    model.cp.add(us >= hidden)
+    if applied is not None and step is not None:
+        for more in (
+            model.cp.add(us >= compute + total(applied.compute)),
+            model.cp.add(_SCALE * us + total(applied.spared) >= _SCALE * (hidden + total(applied.hidden))),
+        ):
             if step.immediate is not None:
                 more.only_enforce_if(step.immediate)
     return us + total(phase.exposed)

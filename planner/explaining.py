@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from chunkft_compile.planner.bounds import Load, loads
 from chunkft_compile.planner.grounds import Ground, leanest
-from chunkft_compile.planner.options import best_step, fits
+from chunkft_compile.planner.options import best_step, fits, smallest_for
 from chunkft_compile.planner.problem import BudgetError, Chunk, Placement, Problem, Step, Update
 from chunkft_compile.planner.units import format_nbytes
 
@@ -77,7 +77,7 @@ def _hardest_chunk(ground: Ground) -> tuple[int, int]:
     hardest, nbytes = -1, 0
     for index in _distinct(ground.problem):
         if hardest < 0 or not fits(ground, [index], nbytes):  # most chunks fit what an earlier one needs: one cheap test
-            hardest, nbytes = index, _smallest_alone(ground, index, nbytes)
+            hardest, nbytes = index, smallest_for(ground, [index], nbytes)
     return hardest, nbytes
 
 
@@ -89,20 +89,6 @@ def _distinct(problem: Problem) -> Iterator[int]:
         if sort not in seen:
             seen.add(sort)
             yield index
-
-
-def _smallest_alone(ground: Ground, index: int, too_small: int) -> int:
-    """Binary search for the budget of a step with this chunk alone, above `too_small`."""
-    enough = max(2 * too_small, ground.base_nbytes, 1)
-    while not fits(ground, [index], enough):
-        too_small, enough = enough, 2 * enough
-    while enough - too_small > 1:
-        middle = (too_small + enough) // 2
-        if fits(ground, [index], middle):
-            enough = middle
-        else:
-            too_small = middle
-    return enough
 
 
 def _binding_load(ground: Ground, index: int, nbytes: int) -> Load:

@@ -5,7 +5,7 @@ least as deep, so a chunk that joins one never makes its backward longer; and be
 as few steps as possible are deep. Filling from the top would leave the rest, a nearly empty step, as the deepest of all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from chunkft_compile.planner.bounds import depth_of
@@ -13,10 +13,15 @@ from chunkft_compile.planner.grounds import Ground
 from chunkft_compile.planner.options import best_step, fits
 from chunkft_compile.planner.problem import Chunk, Problem, Step
 
+_HALVINGS = 6  # of the room between the base and the budget: to a percent or two
 
-def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
-    """Steps that train every chunk once, deepest first; None where some chunk does not fit even alone."""
-    problem, budget = ground.problem, ground.problem.budget_nbytes
+
+def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step, ...] | None:
+    """Steps that train every chunk once, deepest first; None where some chunk does not fit even alone.
+
+    `budget_nbytes` is the budget of the problem unless given.
+    """
+    problem, budget = ground.problem, budget_nbytes or ground.problem.budget_nbytes
     if not all(fits(ground, [index], budget) for index in range(len(problem.chunks))):
         return None
     bins: list[list[int]] = []
@@ -30,15 +35,38 @@ def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
             full.add((number, sort))
         else:
             bins.append([index])
-    return steps_of(ground, bins)
+    return steps_of(ground, bins, budget)
 
 
-def steps_of(ground: Ground, bins: Sequence[Sequence[int]]) -> tuple[Step, ...] | None:
+def levelled_steps(ground: Ground, steps: Sequence[Step], shares: Sequence[float] = (0.0, 0.5)) -> Iterator[tuple[Step, ...]]:
+    """Greedy sweeps of as many steps as `steps` has that leave room for state: in the smallest budget with so many steps, and above.
+
+    Greedy fills its first steps to the brim, and state that stays must fit beside the fullest. `shares` are those of what lies
+    between that smallest budget and the budget.
+    """
+    too_small, enough = ground.base_nbytes, ground.problem.budget_nbytes
+    for _ in range(_HALVINGS):
+        middle = (too_small + enough) // 2
+        found = greedy_steps(ground, middle)
+        if found is not None and len(found) <= len(steps):
+            enough = middle
+        else:
+            too_small = middle
+    for share in shares:
+        found = greedy_steps(ground, enough + int(share * (ground.problem.budget_nbytes - enough)))
+        if found is not None:
+            yield found
+
+
+def steps_of(ground: Ground, bins: Sequence[Sequence[int]], budget_nbytes: int) -> tuple[Step, ...] | None:
     """The fastest steps over these sets of chunks, deepest first; None where one does not fit."""
-    ordered = sorted(bins, key=lambda chunks: depth_of(ground.problem, chunks))
-    found = [best_step(ground, sorted(chunks), ground.problem.budget_nbytes) for chunks in ordered]
-    steps = tuple(step for step in found if step is not None)
-    return steps if len(steps) == len(found) else None
+    steps = []
+    for chunks in sorted(bins, key=lambda chunks: depth_of(ground.problem, chunks)):
+        step = best_step(ground, sorted(chunks), budget_nbytes)
+        if step is None:
+            return None
+        steps.append(step)
+    return tuple(steps)
 
 
 def _rank(problem: Problem, index: int) -> tuple[int, int, int, int]:

@@ -119,7 +119,7 @@ def method_steps(ground: Ground, name: str) -> tuple[Step, ...] | None:
     `ground` must be of a problem from `method_problem`.
     """
     for bins in METHODS[name].cut(ground.problem):
-        steps = steps_of(ground, bins)
+        steps = steps_of(ground, bins, ground.problem.budget_nbytes)
         if steps is not None:
             return steps
     return None

@@ -19,11 +19,11 @@ def make_step(ground: Ground, chunks: Sequence[int], options: Sequence[str], upd
     return Step(ordered, tuple(options), peak, step_us(ground, ordered, options, update), update)
 
 
-def best_step(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> Step | None:
+def best_step(ground: Ground, chunks: Sequence[int], budget_nbytes: int, *, points: int = FRONT_POINTS) -> Step | None:
     """The fastest step of these chunks within the budget, over the updates that the problem allows; None where none fits."""
     found = []
     for update in ground.problem.updates:
-        options = choose_options(ground, chunks, budget_nbytes, update)
+        options = choose_options(ground, chunks, budget_nbytes, update, points=points)
         if options is not None:
             found.append(make_step(ground, chunks, options, update))
     return min(found, key=lambda step: step.us, default=None)
@@ -32,6 +32,20 @@ def best_step(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> Step
 def fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> bool:
     """Is there any choice of options and update within the budget? Exact."""
     return any(choose_options(ground, chunks, budget_nbytes, update, points=1) is not None for update in ground.problem.updates)
+
+
+def smallest_for(ground: Ground, chunks: Sequence[int], too_small: int = 0) -> int:
+    """The smallest budget in which a step of these chunks fits, above `too_small`, by binary search."""
+    enough = max(2 * too_small, ground.base_nbytes, 1)
+    while not fits(ground, chunks, enough):
+        too_small, enough = enough, 2 * enough
+    while enough - too_small > 1:
+        middle = (too_small + enough) // 2
+        if fits(ground, chunks, middle):
+            enough = middle
+        else:
+            too_small = middle
+    return enough
 
 
 def choose_options(

@@ -3,16 +3,16 @@
 import time
 from collections.abc import Iterator
 
-from chunkft_compile.planner.bounds import roles_of
 from chunkft_compile.planner.bundling import Bundled, bundle
-from chunkft_compile.planner.cpsat import Answer, build, hint, solve
+from chunkft_compile.planner.cpsat import GAP, Answer, build, hint, solve
 from chunkft_compile.planner.drafts import Draft, Prefer, finish, rank
 from chunkft_compile.planner.explaining import budget_error, fits_at_all, steps_error
-from chunkft_compile.planner.greedy import greedy_steps
+from chunkft_compile.planner.greedy import greedy_steps, levelled_steps
 from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, weight_places
-from chunkft_compile.planner.limits import cheapest_us, cost_us, least_us, most_steps
+from chunkft_compile.planner.limits import most_steps
 from chunkft_compile.planner.methods import METHODS, method_problem, method_steps
 from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
+from chunkft_compile.planner.proving import least_sweep_us
 from chunkft_compile.planner.verifying import verify
 
 
@@ -39,8 +39,12 @@ def plan(
     known = [draft for draft in known_drafts(bundled.problem) if max_steps is None or len(draft.steps) <= max_steps]
     found = [(*finish(problem, draft, bundled), draft) for draft in known]
     best = min(found, key=lambda one: rank(one[0], prefer), default=None)
-    status, gap = "OPTIMAL", 0.0
-    if best is None or not _is_best(problem, best[0]):
+    if best is not None:
+        found += [(*finish(problem, draft, bundled), draft) for draft in _with_room_for_state(bundled.problem, best[2])]
+        best = min(found, key=lambda one: rank(one[0], prefer))
+    least = least_sweep_us(problem) if best else 0
+    status, gap = "OPTIMAL", 0.0 if best is None else _gap(least, best[0])
+    if best is None or gap > GAP or (prefer == "fresh" and len(best[0]) > 1):
         draft = best[2] if best else None
         answer = _improve(bundled, draft, prefer, max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
         if answer.draft is not None:
@@ -49,7 +53,8 @@ def plan(
             raise steps_error(problem, max_steps or 1, proven=answer.status == "INFEASIBLE")
         assert answer.status != "INFEASIBLE", "CP-SAT calls a problem infeasible for which a plan is known"
         best = min(found, key=lambda one: rank(one[0], prefer))
-        status, gap = answer.status, _gap(answer, best[0])
+        gap = _gap(max(least, answer.bound_us - len(best[0]) * answer.step_us), best[0])
+        status = "OPTIMAL" if gap <= GAP else answer.status
     steps, places, _ = best
     schedule = Schedule(problem.budget_nbytes, steps, places, status, gap, time.perf_counter() - start)
     verify(problem, schedule)
@@ -71,6 +76,13 @@ def known_drafts(problem: Problem) -> Iterator[Draft]:
                 yield Draft(steps, on_device(problem))
 
 
+def _with_room_for_state(problem: Problem, draft: Draft) -> Iterator[Draft]:
+    """Greedy plans of no more steps that keep more state on the device, where that may save transfers."""
+    if Placement.DEVICE in problem.state and any(chunk.state_nbytes for chunk in problem.chunks):
+        ground = settle(problem, spread(problem, draft.weights))
+        yield from (Draft(steps, draft.weights) for steps in levelled_steps(ground, draft.steps) if len(steps) <= len(draft.steps))
+
+
 def _some(ways: list[tuple[Placement, ...]], most: int = 8) -> list[tuple[Placement, ...]]:
     """A few of many, evenly spread, the first and the last among them."""
     return ways if len(ways) <= most else [ways[i * (len(ways) - 1) // (most - 1)] for i in range(most)]
@@ -89,23 +101,7 @@ def _improve(
     return solve(model, time_limit_s=time_limit_s, seed=seed, workers=workers, prefer=prefer)
 
 
-def _gap(answer: Answer, steps: tuple[Step, ...]) -> float:
+def _gap(bound_us: int, steps: tuple[Step, ...]) -> float:
     """How far the sweep is from the proven bound, as a share of it; 1 where nothing is proven."""
     us = sum(step.us for step in steps)
-    proven = answer.bound_us - len(steps) * answer.step_us
-    return min(1.0, max(0.0, 1 - proven / us)) if us else 0.0
-
-
-def _is_best(problem: Problem, steps: tuple[Step, ...]) -> bool:
-    """Is this known plan certainly the best sweep, so that no solver is needed?
-
-    One step whose segments all take the fastest option of their role, and whose transfers cost nothing, is the fastest single
-    step. Any sweep of two or more has a step over the lowest segment of all chunks, and another one.
-    """
-    if len(steps) != 1:
-        return False
-    own_us = sum(chunk.grad_us + chunk.update_us for chunk in problem.chunks)
-    roles = roles_of(problem, range(len(problem.chunks)))
-    fastest = sum(min(cost_us(cost, role) for cost in problem.costs(s, role)) for s, role in enumerate(roles))
-    more = least_us(problem, min(chunk.segment for chunk in problem.chunks)) + cheapest_us(problem)
-    return steps[0].us == fastest + own_us and fastest <= more
+    return min(1.0, max(0.0, 1 - bound_us / us)) if us else 0.0

@@ -69,12 +69,14 @@ def costs(draw: st.DrawFn, *, offloads: bool = False) -> tuple[Cost, ...]:
 
 @st.composite
 def links(draw: st.DrawFn) -> tuple[Link, ...]:
-    """One or two links, slow enough to matter."""
+    """One or two links, slow enough to matter, the faster one first."""
     speed = st.integers(200_000, 4_000_000)
     disk = Link(Placement.DISK, draw(speed), draw(speed), None, draw(st.booleans()))
     if draw(st.booleans()):
         return (disk,)
-    return (Link(Placement.HOST, draw(speed), draw(speed), draw(st.integers(0, 30)), draw(st.booleans())), disk)
+    faster = draw(st.integers(1, 4))
+    read, write = faster * disk.read_bytes_per_s, faster * disk.write_bytes_per_s
+    return (Link(Placement.HOST, read, write, draw(st.integers(0, 30)), disk.overlaps), disk)
 
 
 def plain_ground(problem: Problem) -> Ground:

@@ -98,8 +98,8 @@ def test_the_hint_is_a_solution(accumulating: bool, updates: tuple[Update, ...])
     solver.parameters.fix_variables_to_their_hinted_value = True
     assert solver.solve(model.cp) == cp_model.OPTIMAL
     assert len(model.cp.proto.solution_hint.vars) == len(model.cp.proto.variables)
-    kept = sum(state.moves_us * solver.value(state.stays) for state in model.states)
-    assert solver.objective_value + kept + constant_us(model) == pytest.approx(known.us)
+    assert solver.value(model.kept) == 0 or solver.objective_value + constant_us(model) < known.us
+    assert solver.value(model.kept) > 0 or solver.objective_value + constant_us(model) == pytest.approx(known.us)
 
 
 def test_without_time_nothing_is_claimed() -> None:

@@ -1,0 +1,81 @@
+"""What no sweep can beat, without a solver: sweeps of one step exactly, longer ones by what a second step costs at least."""
+
+from dataclasses import replace
+
+from chunkft_compile.planner.explaining import smallest_budget
+from chunkft_compile.planner.grounds import NO_TRANSFER, Ground, leanest
+from chunkft_compile.planner.options import best_step, smallest_for
+from chunkft_compile.planner.problem import Placement, Problem, Role
+
+_ALL_POINTS = 1 << 14  # fronts of real models have some hundreds: nothing is thinned, so the best step is the best
+
+
+def least_sweep_us(problem: Problem) -> int:
+    """No sweep of the problem takes less."""
+    # as if the fastest place beside the device held everything
+    problem = replace(problem, links=tuple(replace(link, capacity_nbytes=None) for link in problem.links))
+    several, single = _several_us(problem), _single_us(problem)
+    return several if single is None else min(single, several)
+
+
+def _saved_us(ground: Ground, least_nbytes: int, *, hidden: bool) -> int:
+    """At most so much of the exposed (or hidden) transfers does state save that stays on the device.
+
+    It has what the budget leaves above the `least_nbytes` that the sweep needs anyway, in which its own update is counted.
+    """
+    problem = ground.problem
+    if Placement.DEVICE not in problem.state:
+        return 0
+    room = problem.budget_nbytes - least_nbytes + max(chunk.piece_state_nbytes for chunk in problem.chunks)
+    moves = [move.hidden_us if hidden else move.exposed_us for move in ground.state_moves]
+    states = [(us, chunk.state_nbytes) for us, chunk in zip(moves, problem.chunks, strict=True) if us]
+    saved = 0
+    for us, nbytes in sorted(states, key=lambda pair: -pair[0] / pair[1]):
+        part = min(room, nbytes)
+        saved += -(-us * part // nbytes)
+        room -= part
+    return saved
+
+
+def _single_us(problem: Problem) -> int | None:
+    """A bound on sweeps of one step; None where there is none. Exact but for what the places of weights and state may save."""
+    ground, everything = _relaxed(problem), range(len(problem.chunks))
+    step = best_step(ground, everything, problem.budget_nbytes, points=_ALL_POINTS)
+    if step is None:
+        return None
+    least = smallest_for(ground, everything)
+    return step.us - _saved_us(ground, least, hidden=False) - _saved_us(ground, least, hidden=True)
+
+
+def _relaxed(problem: Problem) -> Ground:
+    """The ground with the fewest bytes, and weights that cost nothing to fetch if they may leave."""
+    ground = leanest(problem)
+    if problem.weights == (Placement.DEVICE,):
+        return ground
+    nothing = (NO_TRANSFER,)
+    segments, chunks = nothing * len(problem.segments), nothing * len(problem.chunks)
+    return replace(ground, fetch=segments, weight_in=chunks, weight_out=chunks)
+
+
+def _several_us(problem: Problem) -> int:
+    """A bound on sweeps of two or more steps: each runs the whole forward, one backward goes as deep as any, one as far as it must.
+
+    State moves beside backwards and updates, never beside a forward.
+    """
+    depths = {chunk.segment for chunk in problem.chunks}
+    backward = _backward_us(problem, min(depths)) + min(_backward_us(problem, depth) for depth in depths)
+    own = sum(chunk.grad_us + chunk.update_us for chunk in problem.chunks)
+    ground, least = leanest(problem), smallest_budget(problem)[0]
+    hidden = sum(move.hidden_us for move in ground.state_moves) - _saved_us(ground, least, hidden=True)
+    exposed = sum(move.exposed_us for move in ground.state_moves) - _saved_us(ground, least, hidden=False)
+    return 2 * _forward_us(problem) + max(backward + own, hidden) + exposed
+
+
+def _forward_us(problem: Problem) -> int:
+    return sum(min(cost.forward_us for cost in problem.kinds[segment.kind].costs) for segment in problem.segments)
+
+
+def _backward_us(problem: Problem, depth: int) -> int:
+    """The least of a backward that goes down to `depth`."""
+    roles = [(s, (Role.LAST,) if s == depth else (Role.PASS, Role.ACTIVE)) for s in range(depth, len(problem.segments))]
+    return sum(min(cost.backward_us for role in some for cost in problem.costs(s, role)) for s, some in roles)
