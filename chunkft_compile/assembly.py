@@ -12,7 +12,9 @@ from torch import fx
 
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import CaptureError
+from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import Code, Demand, Lowering
+from chunkft_compile.planner.problem import Update as When
 from chunkft_compile.planner.program import Instruction, Op, Program
 from chunkft_compile.segments import is_forward
 
@@ -37,13 +39,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Update:
-    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each."""
+    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each.
+
+    `when` HELD, all groups come after the backward; IMMEDIATE, each one as soon as its gradients are complete.
+    """
 
     groups: tuple[tuple[int, ...], ...]
     transient_nbytes: tuple[int, ...]
     resident: frozenset[int]
     state_nbytes: Mapping[int, int]
     us_of: Callable[[int], int]
+    when: When = When.HELD
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +90,9 @@ def assemble(
     writer.forwards(demands)
     writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
     writer.finish(costs)
-    instructions = [*writer.instructions, *_updates(update)]
     held = tuple(writer.held())
     program = Program(
-        tuple(instructions),
+        tuple(writer.updated(update, chunks)),
         base_nbytes,
         tuple(writer.storage_of),
         tuple(writer.storage_nbytes),
@@ -95,6 +100,7 @@ def assemble(
         {chunk: grad_nbytes[chunk] for chunk in chunks},
         {chunk: update.state_nbytes[chunk] for chunk in chunks if chunk not in update.resident},
         accumulating,
+        update.when,
     )
     outputs = {node: writer.ids[node, None] for node in _results(lowering)}
     return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense)
@@ -154,18 +160,31 @@ def _dense(lowering: Lowering, chunks: Mapping[int, Rows], demands: _Demands) ->
     return tuple(sorted({lowering.partials[node] for node in nodes if node in lowering.partials}))
 
 
-def _updates(update: Update) -> list[Instruction]:
-    """State in, optimizer, state out, group by group; what stays on the device does not move."""
-    instructions = []
-    for group, transient in zip(update.groups, update.transient_nbytes, strict=True):
-        moving = tuple(chunk for chunk in group if chunk not in update.resident)
-        us = sum(update.us_of(chunk) for chunk in moving)
-        if moving:
-            instructions.append(Instruction(Op.FETCH, chunks=moving, us=us // 2))
-        instructions.append(Instruction(Op.UPDATE, chunks=group, transient_nbytes=transient))
-        if moving:
-            instructions.append(Instruction(Op.EVICT, chunks=moving, us=us - us // 2))
-    return instructions
+def lowest_readers(lowering: Lowering) -> dict[str, int]:
+    """For every trained parameter, the lowest segment that reads its memory, be it through a view."""
+    found: dict[int, int] = {}
+    for node, owner in lowering.owner.items():
+        for source in node.all_input_nodes:
+            for storage in storages(source.meta.get("val")):
+                found[storage] = min(owner, found.get(storage, owner))
+    capture = lowering.capture
+    readers: dict[str, int] = {}
+    for node, name in capture.params.items():
+        if name in capture.gradients:
+            lowest = min(found.get(storage, len(lowering.segments)) for storage in storages(node.meta["val"]))
+            readers[name] = min(lowest, readers.get(name, lowest))
+    return readers
+
+
+def _moves(update: Update, group: tuple[int, ...], transient_nbytes: int, gradients: tuple[tuple[int, int], ...]) -> list[Instruction]:
+    """State in, optimizer, state out for one group; what stays on the device does not move. `gradients` are freed by the update."""
+    moving = tuple(chunk for chunk in group if chunk not in update.resident)
+    us = sum(update.us_of(chunk) for chunk in moving)
+    frees = tuple(value for value, _ in gradients)
+    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes)
+    if not moving:
+        return [step]
+    return [Instruction(Op.FETCH, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, chunks=moving, us=us - us // 2)]
 
 
 class _Writer:
@@ -180,6 +199,7 @@ class _Writer:
         self.storage_nbytes: list[int] = []
         self.bindings: dict[int, fx.Node] = {}
         self.kept: set[int] = set()
+        self.bases: dict[int, frozenset[int]] = {}  # value that owns no bytes of the step -> storages it lies in
 
     def held(self) -> list[int]:
         """Values that outlive the calls: model outputs and new buffer values."""
@@ -231,6 +251,8 @@ class _Writer:
             self.ids[key] = len(self.storage_of)
             results.append(self.ids[key])
             self.storage_of.append(storage)
+            if storage < 0:
+                self.bases[self.ids[key]] = frozenset(storages(key[0].meta["val"]))
         if code not in self.codes:
             self.codes.append(code)
         pairs = tuple((self.ids[key], chunk) for key, chunk in gradients)
@@ -244,7 +266,34 @@ class _Writer:
             self.ids[key] = len(self.storage_of)
             self.storage_of.append(-1)
             self.bindings[self.ids[key]] = key[0]
+            self.bases[self.ids[key]] = frozenset(storages(key[0].meta["val"]))
         return self.ids[key]
+
+    def updated(self, update: Update, chunks: Mapping[int, Rows]) -> list[Instruction]:
+        """The finished list with the updates in their places.
+
+        An IMMEDIATE one comes when the gradients of its group are there and no later call reads the weights that it overwrites.
+        """
+        if update.when is When.HELD:
+            moves = zip(update.groups, update.transient_nbytes, strict=True)
+            return [*self.instructions, *(instruction for group, nbytes in moves for instruction in _moves(update, group, nbytes, ()))]
+        value_of = {chunk: value for instruction in self.instructions for value, chunk in instruction.gradients}
+        ready: dict[int, list[Instruction]] = defaultdict(list)
+        for group, nbytes in zip(update.groups, update.transient_nbytes, strict=True):
+            gradients = tuple((value_of[chunk], chunk) for chunk in group)
+            place = max(self._last_call(value, chunks[chunk].param) for value, chunk in gradients)
+            ready[place] += _moves(update, group, nbytes, gradients)
+        return [out for number, instruction in enumerate(self.instructions) for out in (instruction, *ready[number])]
+
+    def _last_call(self, gradient: int, param: str) -> int:
+        """The number of the last call that writes this gradient or reads this parameter."""
+        params = self.lowering.capture.params
+        memory = {storage for node, name in params.items() if name == param for storage in storages(node.meta["val"])}
+
+        def touches(instruction: Instruction) -> bool:
+            return gradient in instruction.writes or any(memory & self.bases.get(value, frozenset()) for value in instruction.reads)
+
+        return max(number for number, instruction in enumerate(self.instructions) if touches(instruction))
 
     def finish(self, costs: OperatorCosts) -> None:
         """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""

@@ -7,6 +7,8 @@ one). Both are indices. Storages below are those the step itself makes; weights,
 from dataclasses import dataclass
 from enum import StrEnum
 
+from chunkft_compile.planner.problem import Update
+
 
 class Op(StrEnum):
     """What an instruction does."""
@@ -26,7 +28,8 @@ class Instruction:
     A call reads the values `reads`, in the order of its arguments, and makes the values `writes`. Those in `frees` are gone
     when it returns: the call holds the only reference to them and drops each at its last use. `transient_nbytes` is the most
     bytes above those live on entry while it runs, its own results included. `starts` are the row offsets of the slices it
-    emits. `gradients` pairs a written value with the chunk whose gradient it is.
+    emits. `gradients` pairs a written value with the chunk whose gradient it is; those of an IMMEDIATE update are the gradients it
+    applies, and frees.
     """
 
     op: Op
@@ -48,7 +51,8 @@ class Program:
 
     `storage_of[value]` is the storage of a value, -1 where it belongs to `base_nbytes`. `storage_nbytes[storage]` is its size.
     `held` are values the caller keeps for the whole step (the loss). `grad_nbytes` and `state_nbytes` map chunks of the step
-    to bytes; with `accumulating`, gradients of earlier micro-batches are there from the start.
+    to bytes; with `accumulating`, gradients of earlier micro-batches are there from the start. HELD updates run when the user calls
+    `optimizer.step()`, IMMEDIATE ones inside backward.
     """
 
     instructions: tuple[Instruction, ...]
@@ -59,6 +63,10 @@ class Program:
     grad_nbytes: dict[int, int]
     state_nbytes: dict[int, int]
     accumulating: bool = False
+    update: Update = Update.HELD
+
+    def __post_init__(self) -> None:
+        assert not (self.accumulating and self.update is Update.IMMEDIATE), "IMMEDIATE updates keep no gradient to add to"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ def simulate(program: Program) -> Timeline:
     """Replay `program` on byte counts.
 
     Raises `AssertionError` where a value is read or freed that is not there, written while it is there, or freed though the
-    caller holds it; where a chunk is updated without a gradient; and where state is fetched twice or evicted unfetched.
+    caller holds it; where a chunk is updated without a gradient or twice; and where state is fetched twice or evicted unfetched.
     """
     values, gradients, fetched = _Values(program), set[int](), set[int]()
     live = program.base_nbytes + (sum(program.grad_nbytes.values()) if program.accumulating else 0)
@@ -155,7 +163,9 @@ def simulate(program: Program) -> Timeline:
                 peak = live = live + sum(program.state_nbytes[chunk] for chunk in chunks)
             case Op.UPDATE:
                 assert chunks <= gradients, f"instruction {number} updates chunks {sorted(chunks - gradients)} without a gradient"
+                gradients -= chunks
                 peak = live + step.transient_nbytes
+                live -= sum(values.free(value) for value in step.frees)
             case Op.EVICT:
                 assert chunks <= fetched, f"instruction {number} evicts chunks {sorted(chunks - fetched)} it never fetched"
                 fetched -= chunks

@@ -90,6 +90,20 @@ def step_only(optimizer: Optimizer) -> None:
         step(optimizer)
 
 
+def step_alone(optimizer: Optimizer, leaves: Iterable[nn.Parameter]) -> None:
+    """`step_only` for `leaves`: gradients of its other parameters, also those that are no chunks, are out of sight meanwhile."""
+    wanted = {id(leaf) for leaf in leaves}
+    others = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and id(p) not in wanted]
+    hidden = [parameter.grad for parameter in others]
+    for parameter in others:
+        parameter.grad = None
+    try:
+        step_only(optimizer)
+    finally:
+        for parameter, gradient in zip(others, hidden, strict=True):
+            parameter.grad = gradient
+
+
 def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], device: torch.device) -> OptimizerCost:
     """Step copies of `optimizer` (AdamW with defaults if None) and see what they allocate.
 

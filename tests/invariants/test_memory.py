@@ -5,6 +5,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class StepMemory:
 class Lab:
     """A compiled model and its optimizer under the hook; `others` are the bytes that were live before them."""
 
-    def __init__(self, hook: Allocator, case: Case, factor: float) -> None:
+    def __init__(self, hook: Allocator, case: Case, factor: float, **settings: Any) -> None:
         gc.collect()
         self.hook, self.case = hook, case
         self.others = hook.live()
@@ -48,7 +49,7 @@ class Lab:
         batch = case.batch(0)
         weights = sum(p.numel() * p.element_size() for p in plain.parameters())
         self.budget = round(weights * factor)
-        self.model: ChunkedModule = compile_quickly(plain, self.budget)
+        self.model: ChunkedModule = compile_quickly(plain, self.budget, **settings)
         self.optimizer = AdamW(self.model.parameters(), lr=1e-3)
         self.batch = batch
 
