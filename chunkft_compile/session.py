@@ -119,7 +119,8 @@ class Session:
             )
         if held:
             self.accumulating = True
-        if not self._fits(compiled, self.planned.current):
+        clashes = self.accumulating and any(step.update is Update.IMMEDIATE for step in self.planned.schedule.steps)
+        if clashes or not self._fits(compiled, self.planned.current):
             if held:
                 self._shrink(compiled, sorted(held))
             else:
@@ -211,7 +212,7 @@ class Session:
             budget = max(budget, smallest_budget(problem)[0])
 
     def _fits(self, compiled: Compiled, step: Step) -> bool:
-        """Whether a step holds the budget on this signature. No IMMEDIATE step does where gradients are held over several backwards."""
+        """Whether a step holds the budget on this signature. No IMMEDIATE step does where gradients are kept over several backwards."""
         if self.accumulating and step.update is Update.IMMEDIATE:
             return False
         resident = self.planned.schedule.resident

@@ -23,7 +23,7 @@ from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import optimizers_of, step_alone
+from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
 
 
 class Updater:
@@ -238,9 +238,10 @@ def _hook_optimizers() -> None:
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: _tell("after_step", optimizer, args, kwargs))
 
 
-def _tell(method: str, *arguments: Any) -> None:
-    for updater in list(_updaters):
-        getattr(updater, method)(*arguments)
+def _tell(method: str, optimizer: Optimizer, *arguments: Any) -> None:
+    if not is_stepping(optimizer):
+        for updater in list(_updaters):
+            getattr(updater, method)(optimizer, *arguments)
 
 
 def _restricted(instructions: Sequence[Instruction], ready: set[int]) -> list[Instruction]:
