@@ -5,8 +5,8 @@ they run and gives every value its storage, so that `simulate` and the engine re
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -14,9 +14,13 @@ from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import Code, Demand, Lowering
-from chunkft_compile.planner.problem import Update as When
+from chunkft_compile.offloading import lowered_option
+from chunkft_compile.planner.problem import Link
 from chunkft_compile.planner.program import Instruction, Op, Program
 from chunkft_compile.segments import is_forward
+from chunkft_compile.updating import Update, with_updates
+
+__all__ = ["Assembled", "Key", "Rows", "Update", "assemble", "gradient_key", "propagate"]
 
 Key = tuple[fx.Node, tuple[int, int] | None]
 """A value of a step: a node of the joint graph and, for a slice of a gradient, (start, length)."""
@@ -35,21 +39,6 @@ class Rows:
     def demanded(self) -> tuple[int, int] | None:
         """(start, length), or None for all rows."""
         return None if self.stop - self.start == self.size else (self.start, self.stop - self.start)
-
-
-@dataclass(frozen=True)
-class Update:
-    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each.
-
-    `when` HELD, all groups come after the backward; IMMEDIATE, each one as soon as its gradients are complete.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    transient_nbytes: tuple[int, ...]
-    resident: frozenset[int]
-    state_nbytes: Mapping[int, int]
-    us_of: Callable[[int], int]
-    when: When = When.HELD
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +71,19 @@ def assemble(
     costs: OperatorCosts,
     update: Update,
     accumulating: bool,
+    link: Link | None = None,
 ) -> Assembled:
-    """The program that trains `chunks` with the given option for each segment."""
-    demands = propagate(lowering, chunks, options)
+    """The program that trains `chunks` with the given option for each segment. `link` gives the time of moving saved values."""
+    demands = propagate(lowering, chunks, [lowered_option(option) for option in options])
     dense = _dense(lowering, chunks, demands)
     writer = _Writer(lowering)
     writer.forwards(demands)
     writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
-    writer.finish(costs)
+    writer.offload([number for number, option in enumerate(options) if option != lowered_option(option)])
+    writer.finish(costs, link)
     held = tuple(writer.held())
     program = Program(
-        tuple(writer.updated(update, chunks)),
+        tuple(with_updates(writer.instructions, update, writer.memory_of({chunk: rows.param for chunk, rows in chunks.items()}))),
         base_nbytes,
         tuple(writer.storage_of),
         tuple(writer.storage_nbytes),
@@ -158,33 +149,6 @@ def _dense(lowering: Lowering, chunks: Mapping[int, Rows], demands: _Demands) ->
     """Parameters for which some segment computes the gradient whole although only rows of it are wanted."""
     nodes = {keys[i][0] for code, keys, _ in demands.codes.values() for i in code.dense}
     return tuple(sorted({lowering.partials[node] for node in nodes if node in lowering.partials}))
-
-
-def lowest_readers(lowering: Lowering) -> dict[str, int]:
-    """For every trained parameter, the lowest segment that reads its memory, be it through a view."""
-    found: dict[int, int] = {}
-    for node, owner in lowering.owner.items():
-        for source in node.all_input_nodes:
-            for storage in storages(source.meta.get("val")):
-                found[storage] = min(owner, found.get(storage, owner))
-    capture = lowering.capture
-    readers: dict[str, int] = {}
-    for node, name in capture.params.items():
-        if name in capture.gradients:
-            lowest = min(found.get(storage, len(lowering.segments)) for storage in storages(node.meta["val"]))
-            readers[name] = min(lowest, readers.get(name, lowest))
-    return readers
-
-
-def _moves(update: Update, group: tuple[int, ...], transient_nbytes: int, gradients: tuple[tuple[int, int], ...]) -> list[Instruction]:
-    """State in, optimizer, state out for one group; what stays on the device does not move. `gradients` are freed by the update."""
-    moving = tuple(chunk for chunk in group if chunk not in update.resident)
-    us = sum(update.us_of(chunk) for chunk in moving)
-    frees = tuple(value for value, _ in gradients)
-    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes)
-    if not moving:
-        return [step]
-    return [Instruction(Op.FETCH, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, chunks=moving, us=us - us // 2)]
 
 
 class _Writer:
@@ -269,71 +233,67 @@ class _Writer:
             self.bases[self.ids[key]] = frozenset(storages(key[0].meta["val"]))
         return self.ids[key]
 
-    def updated(self, update: Update, chunks: Mapping[int, Rows]) -> list[Instruction]:
-        """The finished list with the updates in their places.
+    def memory_of(self, params: Mapping[int, str]) -> dict[int, frozenset[int]]:
+        """For each chunk, the values that lie in the memory of its parameter."""
+        found = {}
+        for chunk, param in params.items():
+            nodes = [node for node, name in self.lowering.capture.params.items() if name == param]
+            memory = {storage for node in nodes for storage in storages(node.meta["val"])}
+            found[chunk] = frozenset(value for value, lies_in in self.bases.items() if memory & lies_in)
+        return found
 
-        An IMMEDIATE one comes when the gradients of its group are there and no later call reads the weights that it overwrites.
-        """
-        if update.when is When.HELD:
-            moves = zip(update.groups, update.transient_nbytes, strict=True)
-            return [*self.instructions, *(instruction for group, nbytes in moves for instruction in _moves(update, group, nbytes, ()))]
-        value_of = {chunk: value for instruction in self.instructions for value, chunk in instruction.gradients}
-        ready: dict[int, list[Instruction]] = defaultdict(list)
-        for group, nbytes in zip(update.groups, update.transient_nbytes, strict=True):
-            gradients = tuple((value_of[chunk], chunk) for chunk in group)
-            place = max(self._last_call(value, chunks[chunk].param) for value, chunk in gradients)
-            ready[place] += _moves(update, group, nbytes, gradients)
-        return [out for number, instruction in enumerate(self.instructions) for out in (instruction, *ready[number])]
+    def offload(self, numbers: Sequence[int]) -> None:
+        """After the forward of each of these segments, what only its backward still reads goes to the store, until then."""
+        for number in numbers:
+            backward = next((i for i in self.instructions if i.op is Op.BACKWARD and i.segment == number), None)
+            if backward is None:
+                continue
+            away = self.lowering.movable.of(self.lowering.segments[number])
+            nodes = {value: key[0] for key, value in self.ids.items()}
+            values = tuple(v for v in backward.reads if self._nbytes([v]) and away.issuperset(storages(nodes[v].meta["val"])))
+            forward = max(i for i, made in enumerate(self.instructions) if made.op is Op.FORWARD and made.segment <= number)
+            if values:
+                self.instructions.insert(self.instructions.index(backward), Instruction(Op.FETCH, number, writes=values))
+                self.instructions.insert(forward + 1, Instruction(Op.EVICT, number, reads=values, frees=values))
 
-    def _last_call(self, gradient: int, param: str) -> int:
-        """The number of the last call that writes this gradient or reads this parameter."""
-        params = self.lowering.capture.params
-        memory = {storage for node, name in params.items() if name == param for storage in storages(node.meta["val"])}
+    def _nbytes(self, values: Sequence[int]) -> int:
+        """Bytes that the step owns behind these values."""
+        return sum(self.storage_nbytes[storage] for storage in {self.storage_of[value] for value in values} if storage >= 0)
 
-        def touches(instruction: Instruction) -> bool:
-            return gradient in instruction.writes or any(memory & self.bases.get(value, frozenset()) for value in instruction.reads)
-
-        return max(number for number, instruction in enumerate(self.instructions) if touches(instruction))
-
-    def finish(self, costs: OperatorCosts) -> None:
+    def finish(self, costs: OperatorCosts, link: Link | None) -> None:
         """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""
         costs.measure(code.module.graph for code in self.codes)
         last: dict[int, int] = {}
         for number, instruction in enumerate(self.instructions):
             for value in (*instruction.writes, *instruction.reads):
                 last[value] = number
-        free_elsewhere = {value for instruction in self.instructions for value in instruction.frees}
-        kept = self.kept | set(self.held()) | free_elsewhere
+        freed = {value for instruction in self.instructions if instruction.op is Op.FREE for value in instruction.frees}
+        kept = self.kept | set(self.held()) | freed | set(self.bindings)
         alive: dict[int, set[int]] = defaultdict(set)
         for number, old in enumerate(self.instructions):
-            if old.op is Op.FREE:
-                for value in old.frees:
-                    alive[self.storage_of[value]].discard(value)
-                continue
-            code = self.codes[old.code]
-            frees = tuple(
-                v for v in dict.fromkeys((*old.reads, *old.writes)) if last[v] == number and v not in kept and v not in self.bindings
-            )
-            groups = set()
-            for value, group in zip(old.reads, code.footprint.inputs, strict=True):
-                storage = self.storage_of[value]
-                if storage >= 0 and alive[storage] <= set(frees):
-                    groups.add(group)
-            transient = code.footprint.transient_nbytes(frozenset(groups), costs.temporary_nbytes)
-            self.instructions[number] = Instruction(
-                old.op,
-                old.segment,
-                old.code,
-                old.reads,
-                old.writes,
-                frees,
-                old.starts,
-                old.gradients,
-                (),
-                transient,
-                costs.graph_us(code.module.graph),
-            )
-            for value in old.writes:
+            match old.op:
+                case Op.FORWARD | Op.BACKWARD:
+                    frees = tuple(v for v in dict.fromkeys((*old.reads, *old.writes)) if last[v] == number and v not in kept)
+                    new = self._timed(old, frees, alive, costs)
+                case Op.FETCH | Op.EVICT:
+                    nbytes = self._nbytes((*old.reads, *old.writes))
+                    us = (link.read_us(nbytes) if old.op is Op.FETCH else link.write_us(nbytes)) if link else 0
+                    new = replace(old, us=us)
+                case _:
+                    new = old
+            self.instructions[number] = new
+            for value in new.writes:
                 alive[self.storage_of[value]].add(value)
-            for value in frees:
+            for value in new.frees:
                 alive[self.storage_of[value]].discard(value)
+
+    def _timed(self, old: Instruction, frees: tuple[int, ...], alive: Mapping[int, set[int]], costs: OperatorCosts) -> Instruction:
+        """A call with what it frees, the bytes it needs and the time it takes."""
+        code = self.codes[old.code]
+        groups = set()
+        for value, group in zip(old.reads, code.footprint.inputs, strict=True):
+            storage = self.storage_of[value]
+            if storage >= 0 and alive[storage] <= set(frees):
+                groups.add(group)
+        transient = code.footprint.transient_nbytes(frozenset(groups), costs.temporary_nbytes)
+        return replace(old, frees=frees, transient_nbytes=transient, us=costs.graph_us(code.module.graph))

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
-from chunkft_compile.assembly import Assembled, Rows, Update, assemble, lowest_readers
+from chunkft_compile.assembly import Assembled, Rows, Update, assemble
 from chunkft_compile.capture import Capture
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.liveness import Footprint, storages
@@ -21,6 +21,7 @@ from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
 from chunkft_compile.segments import cut
+from chunkft_compile.updating import lowest_readers
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Compiled:
             costs=self._costs,
             update=update,
             accumulating=accumulating,
+            link=self.setting.link,
         )
 
     def _groups(self, step: Step, resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:

@@ -17,6 +17,7 @@ from chunkft_compile.errors import TrainingError
 from chunkft_compile.planner import Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
+from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.session import Options, Session
 
 _UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
@@ -130,7 +131,7 @@ class ChunkedModule(nn.Module):
 
     @property
     def store_nbytes(self) -> int:
-        """Bytes of optimizer state in the store."""
+        """Bytes of optimizer state and saved values in the store."""
         return self._session.store.nbytes
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
@@ -157,7 +158,8 @@ class ChunkedModule(nn.Module):
         tangents = compiled.capture.tangents
         sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
         leaves = {number: self.chunks[number].leaf for number in step.chunks}
-        run = Run(assembled.program, [code.call for code in assembled.codes], sources, leaves, session.applier(compiled, step))
+        calls, offloader = [code.call for code in assembled.codes], Offloader(session.store)
+        run = Run(assembled.program, calls, sources, leaves, session.applier(compiled, step), offloader)
         self._pending = weakref.ref(run)
         return self._connect(compiled, assembled, run, batch)
 

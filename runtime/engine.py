@@ -12,6 +12,7 @@ from torch import nn
 
 from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program
+from chunkft_compile.runtime.offload import Offloader
 
 Call = Callable[[list[Any]], Sequence[torch.Tensor]]
 
@@ -37,7 +38,7 @@ class Run:
 
     `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
     parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates needs a `stepper`, which gets
-    the slices instead.
+    the slices instead; one that moves values needs an `offloader`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Run:
         sources: Mapping[int, torch.Tensor],
         leaves: Mapping[int, nn.Parameter],
         stepper: Stepper | None = None,
+        offloader: Offloader | None = None,
     ) -> None:
         assert (stepper is not None) == (program.update is Update.IMMEDIATE), f"{program.update} updates with the stepper {stepper}"
         self.program = program
@@ -54,13 +56,16 @@ class Run:
         self.finished = False
         self._calls = calls
         self._stepper = stepper
+        self._offloader = offloader
         self._values: dict[int, torch.Tensor] = dict(sources)
 
     def forward(self) -> dict[int, torch.Tensor]:
-        """Execute every FORWARD; gives the held values."""
+        """Execute every FORWARD, and take away what only backward needs; gives the held values."""
         for instruction in self.program.instructions:
             if instruction.op is Op.FORWARD:
                 self._execute(instruction)
+            elif instruction.op is Op.EVICT and instruction.reads:
+                self._moves().evict({value: self._values.pop(value) for value in instruction.reads})
         held = {value: self._values[value] for value in self.program.held}
         # Autograd will hang this run on the outputs; the run keeps aliases of them, or the two would hold each other.
         self._values.update({value: tensor.detach() for value, tensor in held.items()})
@@ -77,7 +82,9 @@ class Run:
             for instruction in self.program.instructions:
                 if instruction.op is Op.BACKWARD:
                     self._execute(instruction)
-                elif self._stepper is not None and instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT):
+                elif instruction.op is Op.FETCH and instruction.writes:
+                    self._values.update(self._moves().fetch(instruction.writes))
+                elif self._stepper is not None and instruction.chunks and instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT):
                     self._stepper.execute(instruction, {chunk: self._values.pop(value) for value, chunk in instruction.gradients})
         except BaseException:
             if self._stepper is not None:
@@ -87,6 +94,10 @@ class Run:
             self._values.clear()
         if self._stepper is not None:
             self._stepper.finish()
+
+    def _moves(self) -> Offloader:
+        assert self._offloader is not None, "a program that moves values runs without an offloader"
+        return self._offloader
 
     def _execute(self, instruction: Instruction) -> None:
         values = self._values
