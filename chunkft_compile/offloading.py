@@ -1,5 +1,6 @@
 """The option "offload": as "inputs", but what comes in waits in the store between forward and backward of the segment."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -52,6 +53,6 @@ class Movable:
     def _is_read(self, user: fx.Node, storage: int, number: int) -> bool:
         """Whether a call of another segment may read the storage for `user`. Forward calls below are over, but may be repeated."""
         owner = self._owner.get(user, number)
-        if owner == number:
+        if owner == number or user.target is operator.getitem:  # an item that lies in the storage is asked for its own users
             return False
         return owner > number or not is_forward(user) or storage not in storages(user.meta["val"])
