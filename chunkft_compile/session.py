@@ -201,15 +201,17 @@ class Session:
         )
 
     def _budget_error(self, compiled: Compiled, problem: Problem) -> BudgetError:
-        """The refusal of a budget. A larger budget comes with larger chunks, so what they need must hold for their own budget."""
-        budget, setting = smallest_budget(problem)[0], compiled.setting
+        """The refusal of a budget. Another budget comes with other chunks, so the advice must hold for its own ones."""
+        budget, setting, tried = smallest_budget(problem)[0], compiled.setting, set[int]()
         while True:
             chunks = split_for_budget(self.model, budget)
             if set(layouts_of(chunks)) == set(layouts_of(setting.chunks)):
                 return budget_error(problem)
+            tried.add(budget)
             setting = replace(setting, chunks=chunks, optimizer=self._measure(self._updater.check_coverage(), chunks))
             problem = compiled.under(setting).problem(accumulating=self.accumulating)
-            budget = max(budget, smallest_budget(problem)[0])
+            needed = smallest_budget(problem)[0]
+            budget = needed if needed not in tried else max(tried)
 
     def _fits(self, compiled: Compiled, step: Step) -> bool:
         """Whether a step holds the budget on this signature. No IMMEDIATE step does where gradients are kept over several backwards."""
