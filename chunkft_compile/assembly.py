@@ -5,16 +5,22 @@ they run and gives every value its storage, so that `simulate` and the engine re
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import CaptureError
+from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import Code, Demand, Lowering
+from chunkft_compile.offloading import lowered_option
+from chunkft_compile.planner.problem import Link
 from chunkft_compile.planner.program import Instruction, Op, Program
 from chunkft_compile.segments import is_forward
+from chunkft_compile.updating import Update, with_updates
+
+__all__ = ["Assembled", "Key", "Rows", "Update", "assemble", "gradient_key", "propagate"]
 
 Key = tuple[fx.Node, tuple[int, int] | None]
 """A value of a step: a node of the joint graph and, for a slice of a gradient, (start, length)."""
@@ -33,17 +39,6 @@ class Rows:
     def demanded(self) -> tuple[int, int] | None:
         """(start, length), or None for all rows."""
         return None if self.stop - self.start == self.size else (self.start, self.stop - self.start)
-
-
-@dataclass(frozen=True)
-class Update:
-    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each."""
-
-    groups: tuple[tuple[int, ...], ...]
-    transient_nbytes: tuple[int, ...]
-    resident: frozenset[int]
-    state_nbytes: Mapping[int, int]
-    us_of: Callable[[int], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +71,19 @@ def assemble(
     costs: OperatorCosts,
     update: Update,
     accumulating: bool,
+    link: Link | None = None,
 ) -> Assembled:
-    """The program that trains `chunks` with the given option for each segment."""
-    demands = propagate(lowering, chunks, options)
+    """The program that trains `chunks` with the given option for each segment. `link` gives the time of moving saved values."""
+    demands = propagate(lowering, chunks, [lowered_option(option) for option in options])
     dense = _dense(lowering, chunks, demands)
     writer = _Writer(lowering)
     writer.forwards(demands)
     writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
-    writer.finish(costs)
-    instructions = [*writer.instructions, *_updates(update)]
+    writer.offload([number for number, option in enumerate(options) if option != lowered_option(option)])
+    writer.finish(costs, link)
     held = tuple(writer.held())
     program = Program(
-        tuple(instructions),
+        tuple(with_updates(writer.instructions, update, writer.memory_of({chunk: rows.param for chunk, rows in chunks.items()}))),
         base_nbytes,
         tuple(writer.storage_of),
         tuple(writer.storage_nbytes),
@@ -95,6 +91,7 @@ def assemble(
         {chunk: grad_nbytes[chunk] for chunk in chunks},
         {chunk: update.state_nbytes[chunk] for chunk in chunks if chunk not in update.resident},
         accumulating,
+        update.when,
     )
     outputs = {node: writer.ids[node, None] for node in _results(lowering)}
     return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense)
@@ -154,20 +151,6 @@ def _dense(lowering: Lowering, chunks: Mapping[int, Rows], demands: _Demands) ->
     return tuple(sorted({lowering.partials[node] for node in nodes if node in lowering.partials}))
 
 
-def _updates(update: Update) -> list[Instruction]:
-    """State in, optimizer, state out, group by group; what stays on the device does not move."""
-    instructions = []
-    for group, transient in zip(update.groups, update.transient_nbytes, strict=True):
-        moving = tuple(chunk for chunk in group if chunk not in update.resident)
-        us = sum(update.us_of(chunk) for chunk in moving)
-        if moving:
-            instructions.append(Instruction(Op.FETCH, chunks=moving, us=us // 2))
-        instructions.append(Instruction(Op.UPDATE, chunks=group, transient_nbytes=transient))
-        if moving:
-            instructions.append(Instruction(Op.EVICT, chunks=moving, us=us - us // 2))
-    return instructions
-
-
 class _Writer:
     """Numbers values, storages and codes, and appends instructions; `finish` adds what only the whole list can tell."""
 
@@ -180,6 +163,7 @@ class _Writer:
         self.storage_nbytes: list[int] = []
         self.bindings: dict[int, fx.Node] = {}
         self.kept: set[int] = set()
+        self.bases: dict[int, frozenset[int]] = {}  # value that owns no bytes of the step -> storages it lies in
 
     def held(self) -> list[int]:
         """Values that outlive the calls: model outputs and new buffer values."""
@@ -231,6 +215,8 @@ class _Writer:
             self.ids[key] = len(self.storage_of)
             results.append(self.ids[key])
             self.storage_of.append(storage)
+            if storage < 0:
+                self.bases[self.ids[key]] = frozenset(storages(key[0].meta["val"]))
         if code not in self.codes:
             self.codes.append(code)
         pairs = tuple((self.ids[key], chunk) for key, chunk in gradients)
@@ -244,47 +230,70 @@ class _Writer:
             self.ids[key] = len(self.storage_of)
             self.storage_of.append(-1)
             self.bindings[self.ids[key]] = key[0]
+            self.bases[self.ids[key]] = frozenset(storages(key[0].meta["val"]))
         return self.ids[key]
 
-    def finish(self, costs: OperatorCosts) -> None:
+    def memory_of(self, params: Mapping[int, str]) -> dict[int, frozenset[int]]:
+        """For each chunk, the values that lie in the memory of its parameter."""
+        found = {}
+        for chunk, param in params.items():
+            nodes = [node for node, name in self.lowering.capture.params.items() if name == param]
+            memory = {storage for node in nodes for storage in storages(node.meta["val"])}
+            found[chunk] = frozenset(value for value, lies_in in self.bases.items() if memory & lies_in)
+        return found
+
+    def offload(self, numbers: Sequence[int]) -> None:
+        """After the forward of each of these segments, what only its backward still reads goes to the store, until then."""
+        for number in numbers:
+            backward = next((i for i in self.instructions if i.op is Op.BACKWARD and i.segment == number), None)
+            if backward is None:
+                continue
+            away = self.lowering.movable.of(self.lowering.segments[number])
+            nodes = {value: key[0] for key, value in self.ids.items()}
+            values = tuple(v for v in backward.reads if self._nbytes([v]) and away.issuperset(storages(nodes[v].meta["val"])))
+            forward = max(i for i, made in enumerate(self.instructions) if made.op is Op.FORWARD and made.segment <= number)
+            if values:
+                self.instructions.insert(self.instructions.index(backward), Instruction(Op.FETCH, number, writes=values))
+                self.instructions.insert(forward + 1, Instruction(Op.EVICT, number, reads=values, frees=values))
+
+    def _nbytes(self, values: Sequence[int]) -> int:
+        """Bytes that the step owns behind these values."""
+        return sum(self.storage_nbytes[storage] for storage in {self.storage_of[value] for value in values} if storage >= 0)
+
+    def finish(self, costs: OperatorCosts, link: Link | None) -> None:
         """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""
         costs.measure(code.module.graph for code in self.codes)
         last: dict[int, int] = {}
         for number, instruction in enumerate(self.instructions):
             for value in (*instruction.writes, *instruction.reads):
                 last[value] = number
-        free_elsewhere = {value for instruction in self.instructions for value in instruction.frees}
-        kept = self.kept | set(self.held()) | free_elsewhere
+        freed = {value for instruction in self.instructions if instruction.op is Op.FREE for value in instruction.frees}
+        kept = self.kept | set(self.held()) | freed | set(self.bindings)
         alive: dict[int, set[int]] = defaultdict(set)
         for number, old in enumerate(self.instructions):
-            if old.op is Op.FREE:
-                for value in old.frees:
-                    alive[self.storage_of[value]].discard(value)
-                continue
-            code = self.codes[old.code]
-            frees = tuple(
-                v for v in dict.fromkeys((*old.reads, *old.writes)) if last[v] == number and v not in kept and v not in self.bindings
-            )
-            groups = set()
-            for value, group in zip(old.reads, code.footprint.inputs, strict=True):
-                storage = self.storage_of[value]
-                if storage >= 0 and alive[storage] <= set(frees):
-                    groups.add(group)
-            transient = code.footprint.transient_nbytes(frozenset(groups), costs.temporary_nbytes)
-            self.instructions[number] = Instruction(
-                old.op,
-                old.segment,
-                old.code,
-                old.reads,
-                old.writes,
-                frees,
-                old.starts,
-                old.gradients,
-                (),
-                transient,
-                costs.graph_us(code.module.graph),
-            )
-            for value in old.writes:
+            match old.op:
+                case Op.FORWARD | Op.BACKWARD:
+                    frees = tuple(v for v in dict.fromkeys((*old.reads, *old.writes)) if last[v] == number and v not in kept)
+                    new = self._timed(old, frees, alive, costs)
+                case Op.FETCH | Op.EVICT:
+                    nbytes = self._nbytes((*old.reads, *old.writes))
+                    us = (link.read_us(nbytes) if old.op is Op.FETCH else link.write_us(nbytes)) if link else 0
+                    new = replace(old, us=us)
+                case _:
+                    new = old
+            self.instructions[number] = new
+            for value in new.writes:
                 alive[self.storage_of[value]].add(value)
-            for value in frees:
+            for value in new.frees:
                 alive[self.storage_of[value]].discard(value)
+
+    def _timed(self, old: Instruction, frees: tuple[int, ...], alive: Mapping[int, set[int]], costs: OperatorCosts) -> Instruction:
+        """A call with what it frees, the bytes it needs and the time it takes."""
+        code = self.codes[old.code]
+        groups = set()
+        for value, group in zip(old.reads, code.footprint.inputs, strict=True):
+            storage = self.storage_of[value]
+            if storage >= 0 and alive[storage] <= set(frees):
+                groups.add(group)
+        transient = code.footprint.transient_nbytes(frozenset(groups), costs.temporary_nbytes)
+        return replace(old, frees=frees, transient_nbytes=transient, us=costs.graph_us(code.module.graph))

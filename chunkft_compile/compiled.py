@@ -1,5 +1,6 @@
 """Everything compiled for one input signature: the planner's `Problem`, and the exact `Program` of any step."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,21 +15,24 @@ from chunkft_compile.liveness import Footprint, storages
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.planner.problem import Chunk as SizedChunk
 from chunkft_compile.planner.problem import Link, Problem, Schedule, Step
+from chunkft_compile.planner.problem import Update as When
 from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
 from chunkft_compile.segments import cut
+from chunkft_compile.updating import lowest_readers
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What does not depend on the batch: the chunks, the optimizer's costs, the store's speed, the budget."""
+    """What does not depend on the batch: the chunks, the optimizer's costs, the store's speed, the budget, when to update."""
 
     budget_nbytes: int
     chunks: tuple[Chunk, ...]
     optimizer: OptimizerCost
     link: Link
+    updates: tuple[When, ...] = (When.HELD,)
 
     def state_nbytes(self, number: int) -> int:
         """Optimizer state of a chunk that can leave the device."""
@@ -76,11 +80,20 @@ class Compiled:
             update = cost.state_nbytes + cost.transient_nbytes
             chunks.append(SizedChunk(chunk.name, sized.segment, sized.first, sized.grad_nbytes, cost.state_nbytes, update, sized.grad_us))
         static = self.base_nbytes + found.shared_nbytes + _outputs_nbytes(self.capture)
-        return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, (setting.link,))
+        updates = (When.HELD,) if accumulating else setting.updates
+        if When.IMMEDIATE in updates:
+            static += self._late_nbytes(chunks)
+        return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, (setting.link,), updates)
+
+    def _late_nbytes(self, chunks: Sequence[SizedChunk]) -> int:
+        """At most what IMMEDIATE updates hold that wait for a lower segment to read the weight; the planner knows no such wait."""
+        readers = lowest_readers(self._lowering)
+        late = [sized for chunk, sized in zip(self.setting.chunks, chunks, strict=True) if readers[chunk.param] < sized.segment]
+        return sum(sized.grad_nbytes for sized in late) + max((sized.update_nbytes for sized in late), default=0)
 
     def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
         """The exact program of a step."""
-        key = (step.chunks, step.options, tuple(resident), accumulating)
+        key = (step.chunks, step.options, step.update, tuple(resident), accumulating)
         if key not in self._programs:
             self._programs[key] = self._assemble(step, frozenset(resident), accumulating=accumulating)
         return self._programs[key]
@@ -114,7 +127,7 @@ class Compiled:
     def _assemble(self, step: Step, resident: frozenset[int], *, accumulating: bool) -> Assembled:
         chunks = {number: self.rows(number) for number in step.chunks}
         state = {number: self.setting.state_nbytes(number) for number in range(len(self.setting.chunks))}
-        groups = self._groups(step.chunks, resident)
+        groups = self._groups(step, resident)
         layouts = [[_layout(self.setting.chunks[number]) for number in group] for group in groups]
         update = Update(
             groups,
@@ -122,8 +135,8 @@ class Compiled:
             resident,
             state,
             lambda number: self.setting.link.read_us(state[number]) + self.setting.link.write_us(state[number]),
+            step.update,
         )
-
         return assemble(
             self._lowering,
             chunks,
@@ -133,10 +146,22 @@ class Compiled:
             costs=self._costs,
             update=update,
             accumulating=accumulating,
+            link=self.setting.link,
         )
 
-    def _groups(self, numbers: Sequence[int], resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
-        """Chunks stepped together: as many as fit in the bytes that the largest one needs alone."""
+    def _groups(self, step: Step, resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+        """Chunks stepped together: as many as fit in the bytes that the largest one needs alone.
+
+        IMMEDIATE updates go segment by segment, from the highest down.
+        """
+        if step.update is When.HELD:
+            return self._packed(step.chunks, resident)
+        by_segment: dict[int, list[int]] = defaultdict(list)
+        for number in step.chunks:
+            by_segment[self._probe.chunks[number].segment].append(number)
+        return tuple(group for segment in sorted(by_segment, reverse=True) for group in self._packed(by_segment[segment], resident))
+
+    def _packed(self, numbers: Sequence[int], resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
         setting = self.setting
 
         def nbytes(group: Sequence[int]) -> int:

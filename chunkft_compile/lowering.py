@@ -19,6 +19,7 @@ from torch.fx.graph import _BoxedCodeGen
 
 from chunkft_compile.capture import Capture
 from chunkft_compile.liveness import Footprint
+from chunkft_compile.offloading import Movable
 from chunkft_compile.segments import Segment, is_forward
 from chunkft_compile.slicing import Rows, Slicer
 
@@ -101,6 +102,11 @@ class Lowering:
         if key not in self._codes:
             self._codes[key] = _lower_forward(self.capture, segment, wanted)
         return self._codes[key]
+
+    @cached_property
+    def movable(self) -> Movable:
+        """What segments can leave in the store between their forward and their backward."""
+        return Movable(self.capture, self.owner)
 
     @property
     def codes(self) -> tuple[Code, ...]:

@@ -14,10 +14,13 @@ from chunkft_compile.assembly import Assembled
 from chunkft_compile.budget import parse_budget
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.planner import Problem, Schedule
+from chunkft_compile.planner import Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
+from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.session import Options, Session
+
+_UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
 
 
 class Progress(NamedTuple):
@@ -35,6 +38,7 @@ def compile(
     budget: str | int,
     *,
     accumulation: bool = False,
+    update: Literal["held", "auto", "immediate"] = "held",
     outputs: Literal["loss", "all"] = "loss",
     store: str | Path | None = None,
     solve_seconds: float = 5.0,
@@ -47,19 +51,28 @@ def compile(
     training loop allocates outside the model is not in it.
 
     `accumulation` plans for several backwards per optimizer step from the start; without it, the first second backward makes
-    a new plan. `outputs="all"` keeps every output of the model through the backward, not only the loss. `store` is a directory for
-    the optimizer state of inactive chunks (on a CPU; the default is the system's temporary directory). `solve_seconds` and
-    `seed` go to the solver.
+    a new plan. `update` says when gradients are applied: "held" at `optimizer.step()`, so that they can be clipped and accumulated;
+    "immediate" inside backward, each as soon as it is complete, which frees it at once (`optimizer.step()` is still called, after
+    every backward); "auto" leaves it to the planner, step by step. `outputs="all"` keeps every output of the model through the
+    backward, not only the loss. `store` is a directory for the optimizer state of inactive chunks (on a CPU; the default is the
+    system's temporary directory). `solve_seconds` and `seed` go to the solver.
 
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
-    is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget or a model with
-    nothing to train.
+    is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
+    nothing to train, and for accumulation with immediate updates.
     """
     device = _device_of(model)
     if outputs not in ("loss", "all"):
         raise ValueError(f'outputs is "loss" or "all", not {outputs!r}')
+    if update not in _UPDATES:
+        raise ValueError(f'update is "held", "auto" or "immediate", not {update!r}')
+    if accumulation and update == "immediate":
+        raise ValueError(
+            'accumulation=True adds up the gradients of several backwards, and update="immediate" applies each one alone; '
+            'choose accumulation=False or update="held"'
+        )
     directory = Path(store) if store is not None else None
-    options = Options(parse_budget(budget, device), accumulation, outputs == "loss", directory, solve_seconds, seed)
+    options = Options(parse_budget(budget, device), accumulation, outputs == "loss", directory, solve_seconds, seed, _UPDATES[update])
     return ChunkedModule(model, options)
 
 
@@ -118,7 +131,7 @@ class ChunkedModule(nn.Module):
 
     @property
     def store_nbytes(self) -> int:
-        """Bytes of optimizer state in the store."""
+        """Bytes of optimizer state and saved values in the store."""
         return self._session.store.nbytes
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
@@ -144,7 +157,9 @@ class ChunkedModule(nn.Module):
         batch = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         tangents = compiled.capture.tangents
         sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
-        run = Run(assembled.program, [code.call for code in assembled.codes], sources, {n: self.chunks[n].leaf for n in step.chunks})
+        leaves = {number: self.chunks[number].leaf for number in step.chunks}
+        calls, offloader = [code.call for code in assembled.codes], Offloader(session.store)
+        run = Run(assembled.program, calls, sources, leaves, session.applier(compiled, step), offloader)
         self._pending = weakref.ref(run)
         return self._connect(compiled, assembled, run, batch)
 

@@ -6,7 +6,7 @@ are upper bounds for any step; gradient slices are left out of them and counted 
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -14,6 +14,7 @@ from chunkft_compile.assembly import Rows, gradient_key, propagate
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import OPTIONS, SERVES, Code, Demand, Lowering
+from chunkft_compile.offloading import OFFLOAD, lowered_option
 from chunkft_compile.planner.problem import Cost, Kind
 from chunkft_compile.planner.problem import Segment as SizedSegment
 from chunkft_compile.runtime.chunks import BLOCK_NBYTES
@@ -77,6 +78,7 @@ def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Pro
                 key = (s.number, role, option)
                 if key in backwards:
                     table[role].append(_cost(s, wanted[s.number], option, backwards[key], forwards[key], outside, costs))
+                    table[role] += _offloaded(table[role][-1], lowering, s, backwards[key], outside)
         kind = Kind(*(_pareto(table[role]) for role in ("frozen", "passing", "active", "last")))
         number = kinds.setdefault(kind, len(kinds))
         entry, arriving = _boundary(lowering, s, backwards[s.number, "active", "save"], shared)
@@ -180,6 +182,16 @@ def _cost(segment: Segment, wanted: _Wanted, option: str, backward: Code, forwar
     )
 
 
+def _offloaded(cost: Cost, lowering: Lowering, segment: Segment, backward: Code, outside: set[int]) -> list[Cost]:
+    """The cost of "inputs" with what can wait in the store, where there is any."""
+    if cost.option != lowered_option(OFFLOAD):
+        return []
+    saved, _ = _saved(segment, backward, outside)
+    away = lowering.movable.of(segment)
+    moved = sum(nbytes for storage, nbytes in saved.items() if storage in away)
+    return [replace(cost, option=OFFLOAD, saved_nbytes=cost.saved_nbytes - moved, offloaded_nbytes=moved)] if moved else []
+
+
 def _base(lowering: Lowering) -> set[int]:
     """Storages of weights, buffers, inputs and constants."""
     capture = lowering.capture
@@ -213,7 +225,8 @@ def _pareto(options: Sequence[Cost]) -> tuple[Cost, ...]:
     """Options that no other beats in everything."""
 
     def figures(cost: Cost) -> tuple[int, ...]:
-        return cost.saved_nbytes, cost.forward_peak_nbytes, cost.backward_peak_nbytes, cost.forward_us + cost.backward_us
+        us = cost.forward_us + cost.backward_us
+        return cost.saved_nbytes, cost.forward_peak_nbytes, cost.backward_peak_nbytes + cost.offloaded_nbytes, us, cost.offloaded_nbytes
 
     kept: list[Cost] = []
     for cost in options:

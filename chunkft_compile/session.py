@@ -19,16 +19,17 @@ from chunkft_compile.capture import capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import BudgetError, TrainingError
-from chunkft_compile.planner import Problem, Step, budget_error, plan, smallest_budget
+from chunkft_compile.planner import Problem, Step, Update, budget_error, plan, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
-from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
+from chunkft_compile.runtime.immediate import Applier
+from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
 from chunkft_compile.runtime.store import measure_link, open_store
 from chunkft_compile.runtime.sweep import Sweep
-from chunkft_compile.runtime.updates import StateMover, Updater
+from chunkft_compile.runtime.updates import Updater
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -45,6 +46,7 @@ class Options:
     directory: Path | None
     solve_seconds: float
     seed: int
+    updates: tuple[Update, ...] = (Update.HELD,)
 
 
 class Session:
@@ -105,13 +107,21 @@ class Session:
     def begin(self, compiled: Compiled) -> Step:
         """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
         self._updater.recover()
+        self._updater.refuse_unfinished()
         held = {number for number, chunk in enumerate(self.chunks) if chunk.leaf.grad is not None}
         if self.sweep is None:
             self._solve(compiled)
-        held &= set(self.planned.current.chunks)
+        self.sweep = self.planned.resumed() if self.planned.current.update is Update.IMMEDIATE else self.planned
+        held &= set(self.sweep.current.chunks)
+        if held and self.sweep.current.update is Update.IMMEDIATE:
+            raise TrainingError(
+                f"{self.chunks[min(held)].name} has a gradient from before, and this step applies each gradient alone inside backward; "
+                f'call optimizer.zero_grad(), or hold gradients: compile(..., accumulation=True, update="held")'
+            )
         if held:
             self.accumulating = True
-        if not self._fits(compiled, self.planned.current):
+        clashes = self.accumulating and any(step.update is Update.IMMEDIATE for step in self.planned.schedule.steps)
+        if clashes or not self._fits(compiled, self.planned.current):
             if held:
                 self._shrink(compiled, sorted(held))
             else:
@@ -119,6 +129,21 @@ class Session:
                 self._solve(compiled)
         self.latest = compiled
         return self.planned.current
+
+    def applier(self, compiled: Compiled, step: Step) -> Applier | None:
+        """What updates the chunks of an IMMEDIATE step inside its backward; None for a HELD one."""
+        if step.update is Update.HELD:
+            return None
+        optimizers = self._updater.optimizers()
+        if not optimizers:
+            raise TrainingError(
+                'update="immediate" updates weights inside backward, and there is no optimizer over the chunks yet; build it from '
+                'model.parameters() before the first training call, or hold the gradients: compile(..., update="held")'
+            )
+        for optimizer in optimizers:
+            if type(optimizer) not in self._known:
+                self._adopt(optimizer, compiled.setting.optimizer)
+        return self._updater.applier(optimizers)
 
     def program(self, compiled: Compiled, step: Step) -> Assembled:
         """The exact program of a step under the current schedule."""
@@ -137,7 +162,7 @@ class Session:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
             link = measure_link(self.device, self.options.directory)
-            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link)
+            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
 
@@ -156,6 +181,8 @@ class Session:
             found = plan(problem, time_limit_s=self.options.solve_seconds, seed=self.options.seed)
         except BudgetError:
             raise self._budget_error(compiled, problem) from None
+        strange = {step.update for step in found.steps} - set(problem.updates)
+        assert not strange, f"the plan has {', '.join(strange)} updates, allowed are {', '.join(problem.updates)}"
         schedule = compiled.exact(found, accumulating=self.accumulating)
         budget = self.options.budget_nbytes
         assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
@@ -175,18 +202,22 @@ class Session:
         )
 
     def _budget_error(self, compiled: Compiled, problem: Problem) -> BudgetError:
-        """The refusal of a budget. A larger budget comes with larger chunks, so what they need must hold for their own budget."""
-        budget, setting = smallest_budget(problem)[0], compiled.setting
+        """The refusal of a budget. Another budget comes with other chunks, so the advice must hold for its own ones."""
+        budget, setting, tried = smallest_budget(problem)[0], compiled.setting, set[int]()
         while True:
             chunks = split_for_budget(self.model, budget)
             if set(layouts_of(chunks)) == set(layouts_of(setting.chunks)):
                 return budget_error(problem)
+            tried.add(budget)
             setting = replace(setting, chunks=chunks, optimizer=self._measure(self._updater.check_coverage(), chunks))
             problem = compiled.under(setting).problem(accumulating=self.accumulating)
-            budget = max(budget, smallest_budget(problem)[0])
+            needed = smallest_budget(problem)[0]
+            budget = needed if needed not in tried else max(tried)
 
     def _fits(self, compiled: Compiled, step: Step) -> bool:
-        """Whether a step holds the budget on this signature."""
+        """Whether a step holds the budget on this signature. No IMMEDIATE step does where gradients are kept over several backwards."""
+        if self.accumulating and step.update is Update.IMMEDIATE:
+            return False
         resident = self.planned.schedule.resident
         return compiled.timeline(step, resident=resident, accumulating=self.accumulating).peak_nbytes <= self.options.budget_nbytes
 

@@ -1,56 +1,103 @@
-"""Runs the forward and backward instructions of a `Program`.
+"""Runs the forward and backward instructions of a `Program`, and its updates where they are IMMEDIATE.
 
 The engine keeps a value only as long as the program says: a call gets the last reference to what it frees, in a list that the
 callee empties, so memory follows the plan to the byte.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program
+from chunkft_compile.runtime.offload import Offloader
 
 Call = Callable[[list[Any]], Sequence[torch.Tensor]]
+
+
+class Stepper(Protocol):
+    """Executes FETCH, UPDATE and EVICT inside backward; see `runtime/immediate.py`."""
+
+    def execute(self, instruction: Instruction, gradients: dict[int, torch.Tensor]) -> None:
+        """Do one of them. `gradients` by chunk are those to apply; the callee takes them out, so that they can be freed."""
+        ...
+
+    def finish(self) -> None:
+        """The backward is complete."""
+        ...
+
+    def abandon(self) -> None:
+        """The backward ended with an error."""
+        ...
 
 
 class Run:
     """One micro-batch on its way through a program: forward once, then backward once.
 
     `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
-    parameters by chunk number, whose `.grad` receives the slices.
+    parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates needs a `stepper`, which gets
+    the slices instead; one that moves values needs an `offloader`.
     """
 
     def __init__(
-        self, program: Program, calls: Sequence[Call], sources: Mapping[int, torch.Tensor], leaves: Mapping[int, nn.Parameter]
+        self,
+        program: Program,
+        calls: Sequence[Call],
+        sources: Mapping[int, torch.Tensor],
+        leaves: Mapping[int, nn.Parameter],
+        stepper: Stepper | None = None,
+        offloader: Offloader | None = None,
     ) -> None:
+        assert (stepper is not None) == (program.update is Update.IMMEDIATE), f"{program.update} updates with the stepper {stepper}"
         self.program = program
         self.leaves = leaves
         self.finished = False
         self._calls = calls
+        self._stepper = stepper
+        self._offloader = offloader
         self._values: dict[int, torch.Tensor] = dict(sources)
 
     def forward(self) -> dict[int, torch.Tensor]:
-        """Execute every FORWARD; gives the held values."""
+        """Execute every FORWARD, and take away what only backward needs; gives the held values."""
         for instruction in self.program.instructions:
             if instruction.op is Op.FORWARD:
                 self._execute(instruction)
+            elif instruction.op is Op.EVICT and instruction.reads:
+                self._moves().evict({value: self._values.pop(value) for value in instruction.reads})
         held = {value: self._values[value] for value in self.program.held}
         # Autograd will hang this run on the outputs; the run keeps aliases of them, or the two would hold each other.
         self._values.update({value: tensor.detach() for value, tensor in held.items()})
         return held
 
     def backward(self, tangents: Mapping[int, torch.Tensor]) -> None:
-        """Execute every BACKWARD, from the gradients of the outputs to `.grad` of the active chunks."""
+        """Execute everything behind the FORWARDs, from the gradients of the outputs to `.grad` of the active chunks.
+
+        HELD updates are not part of it: they wait for `optimizer.step()`.
+        """
         self._values.update(tangents)
         self.finished = True
         try:
             for instruction in self.program.instructions:
                 if instruction.op is Op.BACKWARD:
                     self._execute(instruction)
+                elif instruction.op is Op.FETCH and instruction.writes:
+                    self._values.update(self._moves().fetch(instruction.writes))
+                elif self._stepper is not None and instruction.chunks and instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT):
+                    self._stepper.execute(instruction, {chunk: self._values.pop(value) for value, chunk in instruction.gradients})
+        except BaseException:
+            if self._stepper is not None:
+                self._stepper.abandon()
+            raise
         finally:
             self._values.clear()
+        if self._stepper is not None:
+            self._stepper.finish()
+
+    def _moves(self) -> Offloader:
+        assert self._offloader is not None, "a program that moves values runs without an offloader"
+        return self._offloader
 
     def _execute(self, instruction: Instruction) -> None:
         values = self._values
@@ -59,7 +106,7 @@ class Run:
         args.extend(instruction.starts)
         with torch.no_grad():
             results = self._calls[instruction.code](args)
-        gradients = dict(instruction.gradients)
+        gradients = dict(instruction.gradients) if self._stepper is None else {}
         for value, result in zip(instruction.writes, results, strict=True):
             if value in gradients:
                 _accumulate(self.leaves[gradients[value]], result)

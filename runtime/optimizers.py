@@ -82,12 +82,41 @@ def optimizers_of(leaves: Iterable[nn.Parameter]) -> list[Optimizer]:
 
 
 def step_only(optimizer: Optimizer) -> None:
-    """The optimizer's own step without the hooks around it: those belong to the user's one call."""
+    """The optimizer's own step without the hooks around it: those belong to the user's one call.
+
+    A class whose `step` calls that of its base would run them there, so `is_stepping` says so meanwhile.
+    """
     step: Any = type(optimizer).step
     while getattr(step, "hooked", False):  # `Optimizer.profile_hook_step` marks its wrapper so (torch 2.13.0)
         step = step.__wrapped__
-    with torch.no_grad():
-        step(optimizer)
+    _stepping.append(optimizer)
+    try:
+        with torch.no_grad():
+            step(optimizer)
+    finally:
+        _stepping.pop()
+
+
+_stepping: list[Optimizer] = []
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether `step_only` is at work on `optimizer`."""
+    return any(other is optimizer for other in _stepping)
+
+
+def step_alone(optimizer: Optimizer, leaves: Iterable[nn.Parameter]) -> None:
+    """`step_only` for `leaves`: gradients of its other parameters, also those that are no chunks, are out of sight meanwhile."""
+    wanted = {id(leaf) for leaf in leaves}
+    others = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and id(p) not in wanted]
+    hidden = [parameter.grad for parameter in others]
+    for parameter in others:
+        parameter.grad = None
+    try:
+        step_only(optimizer)
+    finally:
+        for parameter, gradient in zip(others, hidden, strict=True):
+            parameter.grad = gradient
 
 
 def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], device: torch.device) -> OptimizerCost:

@@ -1,4 +1,4 @@
-"""Where optimizer state lives while its chunk is not being stepped: host memory beside an accelerator, a file beside a CPU.
+"""Where optimizer state and saved values live between uses: host memory beside an accelerator, a file beside a CPU.
 
 On a CPU the host's memory is the budgeted memory, so only a file frees bytes. The file is scratch: it has no name in its directory
 once it is open and vanishes with the process.
@@ -29,8 +29,11 @@ class Store(Protocol):
         """Bytes it occupies."""
         ...
 
-    def put(self, slot: object, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy `tensor` to `slot`, which keeps its size for good; gives a stand-in with the same contents."""
+    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> torch.Tensor:
+        """Copy `tensor` to `slot`; gives a stand-in with the same contents.
+
+        A slot keeps its place as long as what it is given fits; a new place has at least `room_nbytes`.
+        """
         ...
 
     def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -42,20 +45,22 @@ class HostStore:
     """Host memory, pinned where there is an accelerator to copy for."""
 
     def __init__(self) -> None:
-        self._slots: dict[object, torch.Tensor] = {}
+        self._slots: dict[object, torch.Tensor] = {}  # of single bytes
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
-        return sum(slot.numel() * slot.element_size() for slot in self._slots.values())
+        return sum(slot.numel() for slot in self._slots.values())
 
-    def put(self, slot: object, tensor: torch.Tensor) -> torch.Tensor:
+    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> torch.Tensor:
         """See `Store.put`."""
-        kept = self._slots.get(slot)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._slots[slot] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
-        kept.copy_(tensor)  # blocking: the source is dropped right after, and the stand-in may be read at any time
-        return kept
+        whole = self._slots.get(slot)
+        if whole is None or whole.numel() < _nbytes(tensor):
+            room, pinned = max(_nbytes(tensor), room_nbytes), tensor.device.type != "cpu"
+            whole = self._slots[slot] = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        stand_in = _as(whole, tensor)
+        stand_in.copy_(tensor)  # blocking: the source is dropped right after, and the stand-in may be read at any time
+        return stand_in
 
     def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
         """See `Store.get`."""
@@ -64,10 +69,10 @@ class HostStore:
 
 @dataclass(frozen=True, eq=False)
 class _Range:
-    """A page-aligned range of the file, and the tensor that maps it."""
+    """A page-aligned range of the file, and the tensor of single bytes that maps it."""
 
     start: int
-    stand_in: torch.Tensor
+    whole: torch.Tensor
 
 
 class FileStore:
@@ -93,14 +98,14 @@ class FileStore:
         """Bytes it occupies."""
         return self._end
 
-    def put(self, slot: object, tensor: torch.Tensor) -> torch.Tensor:
+    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> torch.Tensor:
         """See `Store.put`."""
         held = self._slots.get(slot)
-        if held is None or held.stand_in.shape != tensor.shape or held.stand_in.dtype != tensor.dtype:
-            held = self._slots[slot] = self._claim(tensor)
-        source = tensor.contiguous()
-        _move(lambda view, at: os.pwrite(self._file.fileno(), view, held.start + at), source)
-        return held.stand_in
+        if held is None or held.whole.numel() < _nbytes(tensor):
+            held = self._slots[slot] = self._claim(max(_nbytes(tensor), room_nbytes))
+        source, start = tensor.contiguous(), held.start
+        _move(lambda view, at: os.pwrite(self._file.fileno(), view, start + at), source)
+        return _as(held.whole, tensor)
 
     def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
         """See `Store.get`."""
@@ -109,26 +114,34 @@ class FileStore:
         _move(lambda view, at: os.preadv(self._file.fileno(), [view], start + at), tensor)
         return tensor.to(device)
 
-    def _claim(self, tensor: torch.Tensor) -> _Range:
-        nbytes = tensor.numel() * tensor.element_size()
+    def _claim(self, nbytes: int) -> _Range:
         start = self._end
         length = -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
             os.posix_fallocate(self._file.fileno(), start, length)
         except OSError as error:
             raise OSError(
-                error.errno, f"no room for {length} more bytes of optimizer state in {self._directory}: {error.strerror}"
+                error.errno,
+                f"no room for {length} more bytes of optimizer state or saved values in {self._directory}: {error.strerror}",
             ) from error
         self._end += length
-        mapping = mmap.mmap(self._file.fileno(), length, offset=start)
-        stand_in = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-        self._start_of[stand_in.data_ptr()] = start
-        return _Range(start, stand_in)
+        whole = torch.frombuffer(mmap.mmap(self._file.fileno(), length, offset=start), dtype=torch.uint8)
+        self._start_of[whole.data_ptr()] = start
+        return _Range(start, whole)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _as(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The first bytes of a place as a contiguous tensor of the shape and dtype of another."""
+    return whole[: _nbytes(tensor)].view(tensor.dtype).view(tensor.shape)
 
 
 def _move(transfer: Callable[[memoryview, int], int], tensor: torch.Tensor) -> None:
     """Transfer all bytes of a contiguous CPU tensor; one system call may do a part only."""
-    nbytes = tensor.numel() * tensor.element_size()
+    nbytes = _nbytes(tensor)
     view = memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
     done = 0
     while done < nbytes:

@@ -46,6 +46,10 @@ class Sweep:
         following._steps = following._without(following._trained) or list(schedule.steps)
         return following
 
+    def resumed(self) -> "Sweep":
+        """The same round after an error broke off a step that was updated chunk by chunk: without the chunks that were."""
+        return self.continued(self.schedule) if self._stepped else self
+
     def with_current(self, chunks: tuple[int, ...], options: tuple[str, ...]) -> "Sweep":
         """The same round, with these chunks next and the rest after them."""
         following = Sweep(self.schedule, self.count)

@@ -3,47 +3,27 @@
 The user calls `optimizer.step()` once. The hooks here turn it into one step per group of chunks, so that only one group's state is
 on the device at a time: groups but the last are stepped before the user's call does the last one. Every group sees only its own
 gradients, and every `torch.optim` optimizer skips parameters without one.
+
+Where a step was updated inside backward (IMMEDIATE, see `immediate`), the user's call finds nothing left to do: the hooks take the
+stand-ins out of `.grad` before it and report the chunks after it.
 """
 
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from chunkft_compile.planner.program import Instruction, Op
+from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk
-from chunkft_compile.runtime.optimizers import optimizers_of, step_only
-from chunkft_compile.runtime.store import Store
-
-
-class StateMover:
-    """Moves the optimizer state of chunks between device and store. Inactive state stays visible to `optimizer.state_dict()`."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._out: dict[tuple[int, str], torch.Tensor] = {}
-
-    def fetch(self, optimizer: Optimizer, leaf: nn.Parameter) -> None:
-        """Bring the state of `leaf` to its device."""
-        state = optimizer.state.get(leaf, {})
-        for key, value in state.items():
-            stand_in = self._out.get((id(leaf), key))
-            if stand_in is not None and value is stand_in:
-                state[key] = self._store.get(stand_in, leaf.device)
-                del self._out[id(leaf), key]
-
-    def evict(self, optimizer: Optimizer, leaf: nn.Parameter) -> None:
-        """Send the state of `leaf` to the store; tensors of one element (step counters) stay."""
-        state = optimizer.state.get(leaf, {})
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.numel() > 1 and value is not self._out.get((id(leaf), key)):
-                state[key] = self._out[id(leaf), key] = self._store.put((id(leaf), key), value)
+from chunkft_compile.runtime.immediate import Applier
+from chunkft_compile.runtime.moving import StateMover
+from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
 
 
 class Updater:
@@ -68,6 +48,9 @@ class Updater:
         self._program, self._resident, self._done = program, resident, done
         self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
         self._stepped: set[int] = set()  # of the pending step
+        self._found: list[weakref.ref[Optimizer]] = []
+        self._applier: Applier | None = None  # of the last backward that updated its step
+        self._acknowledged: frozenset[int] = frozenset()  # chunks it updated, whose optimizer is being stepped by the user
         _updaters.add(self)
         _hook_optimizers()
 
@@ -105,7 +88,30 @@ class Updater:
                 f"{type(found[0]).__name__} misses {shown}: they would never be trained. Build it from model.parameters() of the compiled "
                 f"model, or freeze those parameters before compile() with requires_grad_(False)"
             )
+        self._found = [weakref.ref(optimizer) for optimizer in found]
         return found
+
+    def optimizers(self) -> list[Optimizer]:
+        """Those over the chunks, as found by the last `check_coverage`; it looks again where one of them is gone or there was none."""
+        found = [optimizer for reference in self._found if (optimizer := reference()) is not None]
+        return found if found and len(found) == len(self._found) else self.check_coverage()
+
+    def applier(self, optimizers: Sequence[Optimizer]) -> Applier:
+        """For one backward that updates its step with `optimizers`. Sends away state that should not be on the device."""
+        holders = {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
+        self._evict(holders)
+        self._applier = Applier(self._chunks, holders, self._mover)
+        return self._applier
+
+    def refuse_unfinished(self) -> None:
+        """Raise `TrainingError` if a step was updated inside backward, and its `optimizer.step()` did not come."""
+        waiting = sorted(self._applier.applied) if self._applier is not None else []
+        if waiting:
+            raise TrainingError(
+                f'update="immediate" has applied the gradients of the last backward ({self._chunks[waiting[0]].name}, {len(waiting)} '
+                f"chunks in all), and optimizer.step() was not called since; call it once after every backward. To add up the gradients "
+                f'of several backwards, hold them: compile(..., accumulation=True, update="held")'
+            )
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step all groups but the last, and leave the last one ready for the step that follows."""
@@ -115,12 +121,11 @@ class Updater:
         self.recover()
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) is not supported: a closure would run the step again; call backward() before step()")
+        self._acknowledge(optimizer, mine)
         ready = {number for number in mine if self._chunks[number].leaf.grad is not None}
         if not ready:
             return
-        for number in mine:  # load_state_dict puts all state on the device
-            if number not in self._resident():
-                self._mover.evict(optimizer, self._chunks[number].leaf)
+        self._evict(dict.fromkeys(mine, optimizer))
         instructions = _restricted(self._program(optimizer), ready)
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
@@ -135,7 +140,16 @@ class Updater:
         self._show(gradients, instructions[last].chunks)
 
     def recover(self) -> None:
-        """After an error inside a step, show the gradients of the chunks that were not stepped. Those that were have none."""
+        """After an error inside a step, show the gradients of the chunks that were not stepped. Those that were have none.
+
+        After an error in a backward with IMMEDIATE updates no chunk has a gradient; those that were updated are reported.
+        """
+        if self._applier is not None and self._applier.broken is not None:
+            holders, applied = self._applier.broken, frozenset(self._applier.applied)
+            self._applier = None
+            self._evict(holders)
+            if applied:
+                self._done(applied)
         if self._pending is not None:
             _, _, gradients = self._pending
             self._pending = None
@@ -148,6 +162,10 @@ class Updater:
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Send the last group's state away, show all gradients again, and report."""
+        if self._acknowledged and not self._acknowledged.isdisjoint(self.chunks_of(optimizer)):
+            done, self._acknowledged = self._acknowledged, frozenset()
+            self._forget(done)
+            self._done(done)
         if self._pending is None or self._pending[0] is not optimizer:
             return
         _, rest, gradients = self._pending
@@ -165,12 +183,41 @@ class Updater:
                     self._mover.fetch(optimizer, self._chunks[number].leaf)
             case Op.UPDATE:
                 self._show(gradients, instruction.chunks)
-                step_only(optimizer)
+                step_alone(optimizer, [self._chunks[number].leaf for number in instruction.chunks])
                 self._stepped.update(instruction.chunks)
                 self._show(gradients, ())
             case Op.EVICT:
                 for number in instruction.chunks:
                     self._mover.evict(optimizer, self._chunks[number].leaf)
+
+    def _acknowledge(self, optimizer: Optimizer, mine: Sequence[int]) -> None:
+        """The user steps an optimizer whose chunks were updated inside backward: `.grad` is as after `zero_grad`."""
+        applied = self._applier.applied if self._applier is not None else {}
+        ours = {number: applied[number] for number in mine if number in applied}
+        for number in ours:
+            self._chunks[number].leaf.grad = None
+        strangers = [number for number, reference in ours.items() if reference() is not optimizer]
+        if strangers:
+            self._found = []  # look again before the next backward
+            self._forget(ours)
+            self._done(frozenset(ours))
+            raise TrainingError(
+                f'update="immediate" has applied the gradient of {self._chunks[strangers[0]].name} with another optimizer than the '
+                f"{type(optimizer).__name__} whose step() was called; drop an optimizer that is no longer used (del optimizer)"
+            )
+        self._acknowledged = frozenset(ours)
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if self._applier is not None:
+                self._applier.applied.pop(number, None)
+
+    def _evict(self, holders: Mapping[int, Optimizer]) -> None:
+        """Send state away that should not be on the device: `load_state_dict` puts all of it there, and so does a broken step."""
+        resident = self._resident()
+        for number, optimizer in holders.items():
+            if number not in resident:
+                self._mover.evict(optimizer, self._chunks[number].leaf)
 
     def _show(self, gradients: Mapping[int, torch.Tensor], shown: Sequence[int]) -> None:
         for number, gradient in gradients.items():
@@ -191,9 +238,10 @@ def _hook_optimizers() -> None:
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: _tell("after_step", optimizer, args, kwargs))
 
 
-def _tell(method: str, *arguments: Any) -> None:
-    for updater in list(_updaters):
-        getattr(updater, method)(*arguments)
+def _tell(method: str, optimizer: Optimizer, *arguments: Any) -> None:
+    if not is_stepping(optimizer):
+        for updater in list(_updaters):
+            getattr(updater, method)(optimizer, *arguments)
 
 
 def _restricted(instructions: Sequence[Instruction], ready: set[int]) -> list[Instruction]:

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import chunkft_compile
+from chunkft_compile.planner import Update
 from tests import models
+from tests.invariants.by_hand import plan_by_hand
 from tests.support.reference import Slice, train
 from tests.support.simdev import CompilerMissingError, SimDevice, build, register
 
@@ -75,7 +77,15 @@ def test_two_sweeps_equal_the_reference_inside_the_capacity(report: dict[str, An
     assert run["weights differ by"] < 1e-4  # NaN, where something was read too early, compares as False
 
 
-@pytest.mark.parametrize("link", ["fast", "slow"])
+def test_immediate_updates_are_plain_training_where_held_ones_do_not_fit(report: dict[str, Any]) -> None:
+    run = report["immediate"]
+    assert run["steps"] == 1 < report["slow"]["steps"]
+    assert run["losses"] == pytest.approx(run["reference losses"], rel=1e-4)
+    assert run["weights differ by"] < 1e-4
+    assert run["budget"] == report["slow"]["budget"]
+
+
+@pytest.mark.parametrize("link", ["fast", "slow", "immediate"])
 def test_every_step_stays_below_its_prediction(report: dict[str, Any], link: str) -> None:
     run = report[link]
     for measured, predicted in run["peaks"]:
@@ -106,6 +116,9 @@ def _main() -> None:
     gc.collect()
     found["left behind"] = torch.accelerator.memory_allocated()
     found["slow"] = _run_chunked(device, link_bytes_per_s=_SLOW)
+    with pytest.MonkeyPatch.context() as patch:
+        plan_by_hand(patch, [Update.IMMEDIATE])
+        found["immediate"] = _run_chunked(device, link_bytes_per_s=_SLOW, update="immediate")
     print(json.dumps(found))
 
 
@@ -178,18 +191,18 @@ def _run_plain(device: SimDevice) -> str:
     return "trained"
 
 
-def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0) -> dict[str, Any]:
-    """Two sweeps on the device, and the same steps by the reference on the CPU."""
+def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, **settings: Any) -> dict[str, Any]:
+    """At least two sweeps on the device, and the same steps by the reference on the CPU."""
     gc.collect()
     before = torch.accelerator.memory_allocated()
     device.configure(granularity=_BLOCK)
     plain = _model()
     budget = _budget(plain)
-    model = chunkft_compile.compile(copy.deepcopy(plain).to("sim"), budget, solve_seconds=1.0)
+    model = chunkft_compile.compile(copy.deepcopy(plain).to("sim"), budget, solve_seconds=1.0, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batches = [models.token_batch(seed) for seed in range(100)]
     schedule = model.plan(**_on_device(batches[0]))
-    batches = batches[: 2 * len(schedule.steps)]
+    batches = batches[: max(4, 2 * len(schedule.steps))]
     device.configure(capacity=before + budget, link_bytes_per_s=link_bytes_per_s, granularity=_BLOCK)
     losses, peaks = [], []
     for batch in batches:

@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from chunkft_compile.module import ChunkedModule
 from tests.conftest import Workshop
@@ -28,6 +29,13 @@ CASES = (
 )
 
 
+Make = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def _adamw(leaves: Iterable[nn.Parameter]) -> Optimizer:
+    return AdamW(leaves, lr=1e-3)
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of one step that belong to the compiled model, and what was promised."""
@@ -40,7 +48,7 @@ class StepMemory:
 class Lab:
     """A compiled model and its optimizer under the hook; `others` are the bytes that were live before them."""
 
-    def __init__(self, hook: Allocator, case: Case, factor: float) -> None:
+    def __init__(self, hook: Allocator, case: Case, factor: float, *, make: Make = _adamw, **settings: Any) -> None:
         gc.collect()
         self.hook, self.case = hook, case
         self.others = hook.live()
@@ -48,8 +56,8 @@ class Lab:
         batch = case.batch(0)
         weights = sum(p.numel() * p.element_size() for p in plain.parameters())
         self.budget = round(weights * factor)
-        self.model: ChunkedModule = compile_quickly(plain, self.budget)
-        self.optimizer = AdamW(self.model.parameters(), lr=1e-3)
+        self.model: ChunkedModule = compile_quickly(plain, self.budget, **settings)
+        self.optimizer = make(self.model.parameters())
         self.batch = batch
 
     def step(self) -> StepMemory:

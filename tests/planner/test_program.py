@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program, simulate
 
 # Values: 0 input (base), 1 activation, 2 a view of it, 3 loss, 4 gradient of the activation, 5 slice.
@@ -60,5 +61,52 @@ def test_accumulated_gradients_are_there_from_the_start() -> None:
     ],
 )
 def test_impossible_programs_are_refused(instructions: tuple[Instruction, ...], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        simulate(replace(PROGRAM, instructions=instructions))
+
+
+# The activation (values 1 and 2, one storage) waits in the store between forward and backward of segment 0.
+PUT = Instruction(Op.EVICT, segment=0, reads=(1,), frees=(1,), us=7)
+GET = Instruction(Op.FETCH, segment=0, writes=(1,), us=8)
+
+
+def test_values_that_wait_in_the_store_take_no_bytes() -> None:
+    line = simulate(replace(PROGRAM, instructions=(FORWARD, LOSS, PUT, HEAD, GET, BODY)))
+    assert [(m.before_nbytes, m.peak_nbytes, m.after_nbytes) for m in line.moments] == [
+        (1000, 1150, 1100),
+        (1100, 1120, 1104),
+        (1104, 1104, 1004),
+        (1004, 1074, 1064),
+        (1064, 1164, 1164),
+        (1164, 1204, 1034),
+    ]
+
+
+def test_an_immediate_update_frees_the_gradients_it_applies() -> None:
+    apply = replace(UPDATE, gradients=((5, 7),), frees=(5,))
+    program = replace(PROGRAM, instructions=(FORWARD, LOSS, HEAD, BODY, FETCH, apply, EVICT), update=Update.IMMEDIATE)
+    line = simulate(program)
+    assert [(m.before_nbytes, m.peak_nbytes, m.after_nbytes) for m in line.moments[4:]] == [
+        (1034, 1098, 1098),
+        (1098, 1131, 1068),
+        (1068, 1068, 1004),
+    ]
+    with pytest.raises(AssertionError, match=r"instruction 5 updates chunks \[7\] without a gradient"):
+        simulate(replace(program, instructions=(FORWARD, LOSS, HEAD, BODY, apply, UPDATE)))
+    with pytest.raises(AssertionError, match="IMMEDIATE updates keep no gradient to add to"):
+        replace(program, accumulating=True)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        ((FORWARD, PUT), r"instruction 1 evicts values \[1\], but others keep their bytes"),  # the view is live
+        ((FORWARD, LOSS, PUT, HEAD, BODY), "value 1 is read but not live"),
+        ((FORWARD, LOSS, GET), "value 1 is fetched but was not evicted"),
+        ((FORWARD, LOSS, replace(PUT, reads=(3,), frees=(3,))), "value 3 is freed but the caller holds it"),
+        ((replace(PUT, reads=(0,), frees=(0,)),), "value 0 is evicted but the step does not own its bytes"),
+    ],
+)
+def test_impossible_moves_are_refused(instructions: tuple[Instruction, ...], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         simulate(replace(PROGRAM, instructions=instructions))

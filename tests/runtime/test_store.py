@@ -104,7 +104,9 @@ def test_a_full_disk_is_an_error_with_the_directory(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=rf"no room for \d+ more bytes of optimizer state in {tmp_path}: No space left") as caught:
+    with pytest.raises(
+        OSError, match=rf"no room for \d+ more bytes of optimizer state or saved values in {tmp_path}: No space left"
+    ) as caught:
         store.put("b", torch.ones(4))
     assert caught.value.errno == errno.ENOSPC
     assert torch.equal(store.get(kept, CPU), torch.ones(4))  # what was there is still there

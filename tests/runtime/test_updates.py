@@ -12,8 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.chunks import Chunk, split_parameters
+from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.store import FileStore, HostStore
-from chunkft_compile.runtime.updates import StateMover, Updater
+from chunkft_compile.runtime.updates import Updater
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 

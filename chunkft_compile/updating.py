@@ -1,0 +1,75 @@
+"""Where the optimizer's work stands in the program of a step."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from chunkft_compile.liveness import storages
+from chunkft_compile.lowering import Lowering
+from chunkft_compile.planner.problem import Update as When
+from chunkft_compile.planner.program import Instruction, Op
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each.
+
+    `when` HELD, all groups come after the backward; IMMEDIATE, each one as soon as its gradients are complete.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    transient_nbytes: tuple[int, ...]
+    resident: frozenset[int]
+    state_nbytes: Mapping[int, int]
+    us_of: Callable[[int], int]
+    when: When = When.HELD
+
+
+def with_updates(calls: Sequence[Instruction], update: Update, memory_of: Mapping[int, frozenset[int]]) -> list[Instruction]:
+    """The calls of a step with the updates in their places.
+
+    An IMMEDIATE one comes when the gradients of its group are there and no later call reads the weights that it overwrites:
+    `memory_of` are, by chunk, the values that lie in them.
+    """
+    if update.when is When.HELD:
+        moves = zip(update.groups, update.transient_nbytes, strict=True)
+        return [*calls, *(instruction for group, nbytes in moves for instruction in _moves(update, group, nbytes, ()))]
+    value_of = {chunk: value for instruction in calls for value, chunk in instruction.gradients}
+    ready: dict[int, list[Instruction]] = defaultdict(list)
+    for group, nbytes in zip(update.groups, update.transient_nbytes, strict=True):
+        gradients = tuple((value_of[chunk], chunk) for chunk in group)
+        place = max(_last_call(calls, value, memory_of[chunk]) for value, chunk in gradients)
+        ready[place] += _moves(update, group, nbytes, gradients)
+    return [made for number, call in enumerate(calls) for made in (call, *ready[number])]
+
+
+def _last_call(calls: Sequence[Instruction], gradient: int, memory: frozenset[int]) -> int:
+    """The number of the last call that writes this gradient or reads from this memory."""
+    return max(number for number, call in enumerate(calls) if gradient in call.writes or not memory.isdisjoint(call.reads))
+
+
+def _moves(update: Update, group: tuple[int, ...], transient_nbytes: int, gradients: tuple[tuple[int, int], ...]) -> list[Instruction]:
+    """State in, optimizer, state out for one group; what stays on the device does not move. `gradients` are freed by the update."""
+    moving = tuple(chunk for chunk in group if chunk not in update.resident)
+    us = sum(update.us_of(chunk) for chunk in moving)
+    frees = tuple(value for value, _ in gradients)
+    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes)
+    if not moving:
+        return [step]
+    return [Instruction(Op.FETCH, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, chunks=moving, us=us - us // 2)]
+
+
+def lowest_readers(lowering: Lowering) -> dict[str, int]:
+    """For every trained parameter, the lowest segment that reads its memory, be it through a view."""
+    found: dict[int, int] = {}
+    for node, owner in lowering.owner.items():
+        for source in node.all_input_nodes:
+            for storage in storages(source.meta.get("val")):
+                found[storage] = min(owner, found.get(storage, owner))
+    capture = lowering.capture
+    readers: dict[str, int] = {}
+    for node, name in capture.params.items():
+        if name in capture.gradients:
+            lowest = min(found.get(storage, len(lowering.segments)) for storage in storages(node.meta["val"]))
+            readers[name] = min(lowest, readers.get(name, lowest))
+    return readers

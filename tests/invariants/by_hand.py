@@ -1,0 +1,34 @@
+"""Schedules made by hand, in place of the planner's: whatever steps a test wants to see run."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+
+from chunkft_compile.planner import Placement, Places, Problem, Schedule, Step, Update
+
+
+def schedule(
+    problem: Problem, updates: Sequence[Update], *, option: str = "inputs", resident: Sequence[int] = (), scattered: bool = False
+) -> Schedule:
+    """One step for every entry of `updates`; the chunks are dealt out in runs, or one by one where `scattered`."""
+    count, numbers = len(updates), range(len(problem.chunks))
+    bounds = [len(numbers) * i // count for i in range(count + 1)]
+    parts = [numbers[i::count] for i in range(count)] if scattered else [numbers[a:b] for a, b in itertools.pairwise(bounds)]
+    options = (option,) * len(problem.segments)
+    steps = tuple(Step(tuple(part), options, problem.budget_nbytes, 0, update) for part, update in zip(parts, updates, strict=True))
+    state = tuple(Placement.DEVICE if number in resident else problem.links[-1].placement for number in numbers)
+    places = Places(state, (Placement.DEVICE,) * len(problem.segments))
+    return Schedule(problem.budget_nbytes, steps, places, "GREEDY", 1.0, 0.0)
+
+
+def plan_by_hand(
+    patch: pytest.MonkeyPatch, updates: Sequence[Update], *, option: str = "inputs", resident: Sequence[int] = (), scattered: bool = False
+) -> None:
+    """From now on sessions get such schedules; where gradients accumulate, with HELD updates."""
+
+    def plan(problem: Problem, *, time_limit_s: float, seed: int) -> Schedule:
+        allowed = [update if update in problem.updates else Update.HELD for update in updates]
+        return schedule(problem, allowed, option=option, resident=resident, scattered=scattered)
+
+    patch.setattr("chunkft_compile.session.plan", plan)
