@@ -78,6 +78,11 @@ class Compiled:
         static = self.base_nbytes + found.shared_nbytes + _outputs_nbytes(self.capture)
         return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, (setting.link,))
 
+    def offers(self, step: Step) -> bool:
+        """Whether this signature has the segments and options of a step that was planned for another."""
+        segments = self._lowering.segments
+        return len(segments) == len(step.options) and all(map(self._lowering.has_option, segments, step.options))
+
     def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
         """The exact program of a step."""
         key = (step.chunks, step.options, tuple(resident), accumulating)

@@ -96,7 +96,7 @@ class Lowering:
         self.owner = {node: segment.number for segment in segments for node in segment.nodes}
         self.partials = _partial_gradients(capture)
         self._codes: dict[object, Code] = {}
-        self._regions: dict[str, Region | str] = {}
+        self._regions: dict[int, Region | str] = {}
 
     def options(self, segment: Segment) -> tuple[str, ...]:
         """The options that `segment` has: `OPTIONS`, and tiled ones where its loss can be computed in token tiles."""
@@ -109,13 +109,17 @@ class Lowering:
         return region if isinstance(region, str) else None
 
     def _region(self, segment: Segment) -> Region | str:
-        if segment.kind not in self._regions:
+        if segment.number not in self._regions:
             try:
-                self._regions[segment.kind] = find_region(segment)
+                self._regions[segment.number] = find_region(segment)
             except UntiledError as error:
-                self._regions[segment.kind] = str(error)
+                self._regions[segment.number] = str(error)
                 logger.debug("%s is not tiled: %s", segment.name, error)
-        return self._regions[segment.kind]
+        return self._regions[segment.number]
+
+    def has_option(self, segment: Segment, option: str) -> bool:
+        """Whether `segment` can be lowered for `option`, offered by `options` or not."""
+        return option in OPTIONS or self.untiled(segment) is None
 
     def tiling(self, segment: Segment, option: str) -> tuple[Region | None, int]:
         """The region that `option` computes in tiles, and in how many; None for an option without tiles. Raises ValueError."""

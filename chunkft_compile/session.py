@@ -186,6 +186,8 @@ class Session:
     def _fits(self, compiled: Compiled, step: Step) -> bool:
         """Whether a step holds the budget on this signature."""
         resident = self.planned.schedule.resident
+        if not compiled.offers(step):
+            return False
         return compiled.timeline(step, resident=resident, accumulating=self.accumulating).peak_nbytes <= self.options.budget_nbytes
 
     def _shrink(self, compiled: Compiled, held: list[int]) -> None:

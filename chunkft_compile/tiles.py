@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from chunkft_compile.slicing import Rows
-from chunkft_compile.tiling import Region, Tokens, reduced_dims, shape_of, tile_ranges
+from chunkft_compile.tiling import Region, tile_ranges
+from chunkft_compile.tokens import Tokens, reduced_dims, shape_of
 
 aten = torch.ops.aten
 
