@@ -70,6 +70,7 @@ def find_region(segment: Segment) -> Region:
         raise UntiledError(f"the vocabulary ({vocabulary}) is not larger than the hidden size ({inner_size}): tiles would save little")
     steps = _spread(segment, logits, tokens)
     inner = _inner(segment, steps, vocabulary, tokens)
+    _exits(segment, steps, inner, vocabulary, tokens)  # refuses readers of the logits, before anything that follows from them
     _pull(segment, steps, inner, vocabulary, tokens)
     exits = _exits(segment, steps, inner, vocabulary, tokens)
     _refuse_second_pass(segment, steps, inner, exits)
