@@ -170,10 +170,10 @@ def reduced_dims(node: fx.Node) -> list[int]:
 
 
 def _nll_forward(node: fx.Node, tiled: Tiled, tokens: int) -> Step | None:
-    """Its result is a tuple of what `_item` says."""
+    """Its result is a tuple of what `_item` says. Tiles need both items: a mean is the sum of losses over that of weights."""
     scores, labels, *_ = node.args
     operands = _loss_operands(scores, labels, tiled)
-    return Step(Tokens(0), operands) if operands else None
+    return Step(Tokens(0), operands) if operands and {user.args[1] for user in node.users} == {0, 1} else None
 
 
 def _nll_backward(node: fx.Node, tiled: Tiled, tokens: int) -> Step | None:

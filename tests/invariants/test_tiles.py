@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,20 @@ def test_measured_is_predicted_under_a_budget_that_needs_tiles(workshop: Worksho
     for step in steps:
         assert step.measured <= step.predicted <= lab.budget
         assert step.sweep == 0 or step.predicted <= 1.02 * step.measured
+
+
+def test_a_tiled_step_serves_a_shorter_batch_and_no_other_model(workshop: Workshop) -> None:
+    model = compile_quickly(WIDE.build(), smallest_nbytes(workshop, WIDE) * 11 // 10)
+    model.plan(**WIDE.batch(0))
+    schedule, compiled = model.schedule, model._session.latest
+    assert schedule is not None
+    assert compiled is not None
+    torch.autograd.backward(compute_loss(model, token_batch(rows=1, tokens=9)))  # offered no tiles, lowered in tiles
+    assert model.schedule is schedule
+    step = schedule.steps[0]
+    assert compiled.offers(step)
+    for options in (("tiled 2", *step.options[1:]), step.options[1:]):
+        assert not compiled.offers(replace(step, options=options))
 
 
 def test_logits_that_the_caller_keeps_are_not_tiled(workshop: Workshop) -> None:
