@@ -171,6 +171,7 @@ def _untiled_smallest_nbytes(workshop: Workshop, patch: pytest.MonkeyPatch) -> i
         return smallest_nbytes(workshop, fresh)
 
 
+@pytest.mark.slow
 def test_a_budget_that_only_tiles_meet_trains_like_the_reference(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     smallest = smallest_nbytes(workshop, WIDE)
     budget = (smallest + _untiled_smallest_nbytes(workshop, monkeypatch)) // 2
@@ -201,6 +202,7 @@ def test_measured_is_predicted_under_a_budget_that_needs_tiles(workshop: Worksho
         assert step.sweep == 0 or step.predicted <= 1.02 * step.measured
 
 
+@pytest.mark.slow
 def test_a_tiled_step_serves_a_shorter_batch_and_no_other_model(workshop: Workshop) -> None:
     model = compile_quickly(WIDE.build(), smallest_nbytes(workshop, WIDE) * 11 // 10)
     model.plan(**WIDE.batch(0))
