@@ -77,7 +77,7 @@ def assemble(
     demands = propagate(lowering, chunks, [lowered_option(option) for option in options])
     dense = _dense(lowering, chunks, demands)
     writer = _Writer(lowering)
-    writer.forwards(demands)
+    writer.forwards(demands, options)
     writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
     writer.offload([number for number, option in enumerate(options) if option != lowered_option(option)])
     writer.finish(costs, link)
@@ -169,12 +169,12 @@ class _Writer:
         """Values that outlive the calls: model outputs and new buffer values."""
         return sorted({self.ids[node, None] for node in _results(self.lowering)})
 
-    def forwards(self, demands: _Demands) -> None:
+    def forwards(self, demands: _Demands, options: Sequence[str]) -> None:
         """All segments forward, keeping what the backwards of this step read."""
         for segment in self.lowering.segments:
             writes = self.lowering.exports(segment) | demands.forward.get(segment.number, set())
             if writes:
-                code = self.lowering.forward(segment, writes)
+                code = self.lowering.forward(segment, writes, options[segment.number])
                 reads: list[Key] = [(segment.at(read.position), None) for read in code.reads]
                 self._call(Op.FORWARD, segment.number, code, reads, [(segment.nodes[i], None) for i in code.writes])
 

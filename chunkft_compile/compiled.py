@@ -91,6 +91,11 @@ class Compiled:
         late = [sized for chunk, sized in zip(self.setting.chunks, chunks, strict=True) if readers[chunk.param] < sized.segment]
         return sum(sized.grad_nbytes for sized in late) + max((sized.update_nbytes for sized in late), default=0)
 
+    def offers(self, step: Step) -> bool:
+        """Whether this signature has the segments and options of a step that was planned for another."""
+        segments = self._lowering.segments
+        return len(segments) == len(step.options) and all(map(self._lowering.has_option, segments, step.options))
+
     def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
         """The exact program of a step."""
         key = (step.chunks, step.options, step.update, tuple(resident), accumulating)

@@ -63,15 +63,17 @@ class OperatorCosts:
 
 
 def _is_measured(node: fx.Node) -> bool:
-    """Calls that make bytes; views and tuple items do not."""
+    """Calls that make bytes or write into some; views and tuple items do neither."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
+    if node.target._schema.is_mutable:
+        return True
     before = {storage for source in node.all_input_nodes for storage in storages(source.meta.get("val"))}
     return any(storage not in before for storage in storages(node.meta.get("val")))
 
 
 def _signature(node: fx.Node) -> object:
-    """Equal for calls that cost the same."""
+    """Equal for calls that cost the same; where in a storage an argument begins makes no difference."""
     if _SIGNATURE not in node.meta:
         node.meta[_SIGNATURE] = _sign_call(node)
     return node.meta[_SIGNATURE]
@@ -83,7 +85,7 @@ def _sign_call(node: fx.Node) -> object:
         if isinstance(argument, fx.Node):
             value = argument.meta["val"]
             tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-            return tuple((tuple(t.shape), t.stride(), t.dtype, t.storage_offset()) for t in tensors) if tensors else value
+            return tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors) if tensors else value
         if isinstance(argument, list | tuple):
             return tuple(sign(item) for item in argument)
         return str(argument)

@@ -5,7 +5,9 @@ become *saved*) and of later segments' backwards (they become demands there). So
 it, and nothing is computed or kept for segments below the depth of the step.
 """
 
+import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +24,19 @@ from chunkft_compile.liveness import Footprint
 from chunkft_compile.offloading import Movable
 from chunkft_compile.segments import Segment, is_forward
 from chunkft_compile.slicing import Rows, Slicer
+from chunkft_compile.tiles import Tiles, Wanted
+from chunkft_compile.tiling import Region, UntiledError, find_region
 
 aten = torch.ops.aten
+logger = logging.getLogger(__name__)
 
 OPTIONS = ("save", "cheap", "inputs")
-"""What a segment keeps for its backward: everything; the results of heavy operators; only what comes in from outside."""
+"""What a segment keeps for its backward: everything; the results of heavy operators; only what comes in from outside.
+
+`Lowering.options` adds "tiled N" for a segment that ends in a cross entropy: N token tiles in forward and backward, beside them "cheap".
+"""
+
+_TILED = "tiled "
 
 _HEAVY = {"mm", "bmm", "addmm", "baddbmm", "convolution", "_grouped_mm", "_scaled_mm", "embedding"}
 
@@ -87,6 +97,41 @@ class Lowering:
         self.owner = {node: segment.number for segment in segments for node in segment.nodes}
         self.partials = _partial_gradients(capture)
         self._codes: dict[object, Code] = {}
+        self._regions: dict[int, Region | str] = {}
+
+    def options(self, segment: Segment) -> tuple[str, ...]:
+        """The options that `segment` has: `OPTIONS`, and tiled ones where its loss can be computed in token tiles."""
+        region = self._region(segment)
+        return OPTIONS if isinstance(region, str) else (*OPTIONS, *(f"{_TILED}{count}" for count in region.counts))
+
+    def untiled(self, segment: Segment) -> str | None:
+        """Why `segment` has no tiled option; None if it can be tiled."""
+        region = self._region(segment)
+        return region if isinstance(region, str) else None
+
+    def _region(self, segment: Segment) -> Region | str:
+        if segment.number not in self._regions:
+            try:
+                self._regions[segment.number] = find_region(segment)
+            except UntiledError as error:
+                self._regions[segment.number] = str(error)
+                logger.debug("%s is not tiled: %s", segment.name, error)
+        return self._regions[segment.number]
+
+    def has_option(self, segment: Segment, option: str) -> bool:
+        """Whether `segment` can be lowered for `option`, offered by `options` or not."""
+        return option in OPTIONS or self.untiled(segment) is None
+
+    def tiling(self, segment: Segment, option: str) -> tuple[Region | None, int]:
+        """The region that `option` computes in tiles, and in how many; None for an option without tiles. Raises ValueError."""
+        if option in OPTIONS:
+            return None, 0
+        region, count = self._region(segment), option.removeprefix(_TILED)
+        if not option.startswith(_TILED) or not count.isdecimal() or int(count) < 1:
+            raise ValueError(f"unknown option {option!r}: there are {', '.join(OPTIONS)} and '{_TILED}N'")
+        if isinstance(region, str):
+            raise ValueError(f"{segment.name} has no option {option!r}: {region}; way out: one of {', '.join(OPTIONS)}")
+        return region, int(count)
 
     def backward(self, segment: Segment, demands: Sequence[Demand], option: str) -> Code:
         """The backward of `segment` that gives exactly `demands`, recomputing what `option` did not save."""
@@ -95,12 +140,13 @@ class Lowering:
             self._codes[key] = _Backward(self, segment, tuple(demands), option).lower()
         return self._codes[key]
 
-    def forward(self, segment: Segment, writes: Iterable[int]) -> Code:
-        """The forward of `segment` that gives the values at positions `writes`."""
+    def forward(self, segment: Segment, writes: Iterable[int], option: str = OPTIONS[0]) -> Code:
+        """The forward of `segment` that gives the values at positions `writes`. Only tiled options compute it in another way."""
         wanted = tuple(sorted(set(writes)))
-        key = (segment.kind, "forward", wanted)
+        region, count = self.tiling(segment, option)
+        key = (segment.kind, "forward", wanted, count)
         if key not in self._codes:
-            self._codes[key] = _lower_forward(self.capture, segment, wanted)
+            self._codes[key] = _lower_forward(self.capture, segment, wanted, region, count)
         return self._codes[key]
 
     @cached_property
@@ -161,6 +207,45 @@ def _without_dropout(node: fx.Node) -> bool:
     return isinstance(value, float) and value == 0.0
 
 
+def _inside(segment: Segment, option: str, region: Region | None) -> set[fx.Node]:
+    """What a backward computes. With tiles: what lies in them again, but no forward exit of theirs; those are small, and saved."""
+    if region is None:
+        return {node for node in segment.nodes if not is_forward(node) or _recomputed(node, option)}
+    again = {node for node in segment.nodes if _recomputed(node, "cheap") and node not in region.exits}
+    return again | region.inner | {node for node in segment.nodes if not is_forward(node)}
+
+
+def _inputs_of(node: fx.Node, region: Region | None) -> list[fx.Node]:
+    """Whole values that `node` is computed from."""
+    return region.entries(node) if region is not None and node in region.exits else node.all_input_nodes
+
+
+def _needed(roots: Iterable[fx.Node], inside: set[fx.Node], region: Region | None) -> set[fx.Node]:
+    """Nodes computed whole for `roots`; of what tiles compute, only the exits."""
+    found: set[fx.Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node in inside and node not in found:
+            assert region is None or node not in region.inner or node in region.exits, f"{node} lives within tiles and is read whole"
+            found.add(node)
+            todo.extend(_inputs_of(node, region))
+    return found
+
+
+def _emit(graph: fx.Graph, capture: Capture, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call with its fake value."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = _fake(node, capture)
+    return node
+
+
+def _fake(node: fx.Node, capture: Capture) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with capture.fake_mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 class _Backward:
     """One backward being lowered: a dry pass finds what must be whole, the real pass emits in the order of the joint graph."""
 
@@ -169,7 +254,11 @@ class _Backward:
         self.capture = lowering.capture
         self.segment = segment
         self.demands = demands
-        self.inside = {node for node in segment.nodes if not is_forward(node) or _recomputed(node, option)}
+        self.option = option
+        self.region, self.count = lowering.tiling(segment, option)
+        self.inside = _inside(segment, option, self.region)
+        self.sums: dict[tuple[fx.Node, int, int], fx.Node] = {}
+        self.dry = False
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.arguments: dict[Read, fx.Node] = {}
@@ -177,19 +266,19 @@ class _Backward:
         self.whole: set[fx.Node] = set()
 
     def lower(self) -> Code:
-        whole, reads = self._dry_run()
+        whole, reads, sliced = self._dry_run()
         self.whole = whole
         self._begin(reads)
+        if self.region is not None:
+            self._emit_tiles(self.region, sliced)
         dense: list[int] = []
         results: dict[int, fx.Node] = {}
         by_node: dict[fx.Node, list[int]] = {}
         for i, demand in enumerate(self.demands):
             by_node.setdefault(self.segment.at(demand.position), []).append(i)
         for node in self.segment.nodes:
-            if node in whole:
-                self.env[node] = self.graph.node_copy(node, self._value)
-                self._ask_for_less(node)
-                self.env[node].meta[SERVES] = self.lowering.partials.get(node) if not is_forward(node) else None
+            if node in whole and node not in self.env:
+                self._copy(node)
             for i in by_node.get(node, ()):
                 before = len(self.graph.nodes)
                 results[i] = self._result(i, node, results, dense)
@@ -198,10 +287,38 @@ class _Backward:
         self.graph.output(tuple(results[i] for i in range(len(self.demands))))
         return Code(_module(self.graph), tuple(reads), (), self.demands, tuple(sorted(set(dense))))
 
-    def _dry_run(self) -> tuple[set[fx.Node], list[Read]]:
-        """Which nodes must be computed whole and which arguments are read, found on a scratch copy."""
-        scratch = _Backward(self.lowering, self.segment, self.demands, "save")
-        scratch.inside = self.inside
+    def _copy(self, node: fx.Node) -> None:
+        self.env[node] = self.graph.node_copy(node, self._value)
+        self._ask_for_less(node)
+        self.env[node].meta[SERVES] = self.lowering.partials.get(node) if not is_forward(node) else None
+
+    def _emit_tiles(self, region: Region, sliced: Sequence[tuple[fx.Node, int, int]]) -> None:
+        """What the tiles read, then the tiles."""
+        exits = [Wanted(node) for node in self.segment.nodes if node in self.whole and node in region.exits]
+        rows = {key: self._wanted_rows(*key) for key in sliced}
+        entries = {entry for exit_ in (*exits, *rows.values()) for entry in region.entries(exit_.node)}
+        before = _needed(entries, self.inside, region)
+        for node in self.segment.nodes:
+            if node in before:
+                self._copy(node)
+
+        def mark(exit_: Wanted, new: fx.Node) -> None:
+            new.meta[SERVES] = exit_.demand if exit_.demand is not None else self.lowering.partials.get(exit_.node)
+
+        tiles = Tiles(region, self.count, self._value, functools.partial(_emit, self.graph, self.capture))
+        found = tiles.run([*exits, *rows.values()], mark)
+        self.env |= {exit_.node: found[exit_] for exit_ in exits}
+        self.sums = {key: found[exit_] for key, exit_ in rows.items()}
+
+    def _wanted_rows(self, node: fx.Node, dim: int, i: int) -> Wanted:
+        length = self.demands[i].length
+        assert length is not None
+        return Wanted(node, Rows(dim, self._start(i), length), i)
+
+    def _dry_run(self) -> tuple[set[fx.Node], list[Read], list[tuple[fx.Node, int, int]]]:
+        """What must be computed whole, which arguments are read, and of which sums over tiles only rows are wanted."""
+        scratch = _Backward(self.lowering, self.segment, self.demands, self.option)
+        scratch.dry = True
         todo: list[fx.Node] = []
         reads: dict[Read, None] = {}
 
@@ -220,16 +337,13 @@ class _Backward:
             slicer = scratch._slicer(i, read)
             slicer.rows_of(node, Rows(0, scratch._start(i), demand.length))
             reads.update(dict.fromkeys(scratch.arguments))
-        whole: set[fx.Node] = set()
-        while todo:
-            node = todo.pop()
-            if node in self.inside and node not in whole:
-                whole.add(node)
-                todo.extend(node.all_input_nodes)
+        if self.region is not None:
+            todo.extend(entry for node, _, _ in scratch.sums for entry in self.region.entries(node))
+        whole = _needed(todo, self.inside, self.region)
         position = self.segment.position
-        sources = {source for node in whole for source in node.all_input_nodes} | set(scratch.env)
+        sources = {source for node in whole for source in _inputs_of(node, self.region)} | {*scratch.env, *todo}
         outside = sorted((position[node] for node in sources if node not in self.inside), key=lambda p: (p < 0, abs(p)))
-        return whole, [Read(p) for p in outside] + list(reads)
+        return whole, [Read(p) for p in outside] + list(reads), list(scratch.sums)
 
     def _begin(self, reads: list[Read]) -> None:
         """Placeholders first: tensors in the order of `reads`, then the starts."""
@@ -274,6 +388,8 @@ class _Backward:
 
         def foreign(node: fx.Node, rows: Rows) -> fx.Node | None:
             """Another segment's share of a tied weight's gradient: only its rows cross over."""
+            if self._is_sum(node):
+                return self._sum(node, rows, i)
             if node in self.inside or not is_partial(node) or rows.dim != 0 or node.op != "call_function":
                 return None
             if node.meta["val"].shape != self.segment.at(self.demands[i].position).meta["val"].shape:
@@ -284,17 +400,30 @@ class _Backward:
                 self.arguments[key].meta["val"] = self._fake_rows(node, rows.length)
             return self.arguments[key]
 
-        return Slicer(self.graph, read, lambda node: node not in self.inside or not is_partial(node), foreign, self._fake)
+        def is_value(node: fx.Node) -> bool:
+            return node not in self.inside or not is_partial(node) or (self.region is not None and node in self.region.exits)
 
-    def _fake_rows(self, node: fx.Node, length: int) -> torch.Tensor:
+        return Slicer(self.graph, read, is_value, foreign, self._fake)
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        """Whether tiles add up this value; of it they make no more rows than are wanted."""
+        region = self.region
+        return region is not None and node in self.inside and node in region.exits and region.steps[node].result is None
+
+    def _sum(self, node: fx.Node, rows: Rows, i: int) -> fx.Node:
+        key = (node, rows.dim, i)
+        if self.dry and key not in self.sums:
+            self.sums[key] = self.graph.placeholder(f"s{len(self.sums)}")
+            self.sums[key].meta["val"] = self._fake_rows(node, rows.length, rows.dim)
+        return self.sums[key]
+
+    def _fake_rows(self, node: fx.Node, length: int, dim: int = 0) -> torch.Tensor:
         value = node.meta["val"]
         with self.capture.fake_mode:
-            return torch.empty((length, *value.shape[1:]), dtype=value.dtype, device=value.device)
+            return torch.empty((*value.shape[:dim], length, *value.shape[dim + 1 :]), dtype=value.dtype, device=value.device)
 
     def _fake(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        with self.capture.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return _fake(node, self.capture)
 
     def _result(self, i: int, node: fx.Node, results: dict[int, fx.Node], dense: list[int]) -> fx.Node:
         """The value of demand `i`; a gradient gets a storage of its own, for the optimizer writes near it and keeps it."""
@@ -325,25 +454,28 @@ def _owns_storage(value: torch.Tensor, others: Sequence[Any]) -> bool:
     return value.is_contiguous() and not shared and storage.nbytes() <= nbytes + row
 
 
-def _lower_forward(capture: Capture, segment: Segment, writes: tuple[int, ...]) -> Code:
+def _lower_forward(capture: Capture, segment: Segment, writes: tuple[int, ...], region: Region | None, count: int) -> Code:
     wanted = [segment.nodes[i] for i in writes]
-    inside = {node for node in segment.nodes if is_forward(node)}
-    needed: set[fx.Node] = set()
-    todo = list(wanted)
-    while todo:
-        node = todo.pop()
-        if node in inside and node not in needed:
-            needed.add(node)
-            todo.extend(node.all_input_nodes)
+    needed = _needed(wanted, {node for node in segment.nodes if is_forward(node)}, region)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    outside = [node for node in segment.externals if any(user in needed for user in node.users)]
+    read = {source for node in needed for source in _inputs_of(node, region)}
+    outside = [node for node in segment.externals if node in read]
     for i, node in enumerate(outside):
         env[node] = graph.placeholder(f"a{i}")
         env[node].meta["val"] = node.meta["val"]
+    exits = [node for node in segment.nodes if node in needed and region is not None and node in region.exits]
+    if region is not None and exits:
+        before = _needed({entry for node in exits for entry in region.entries(node)}, needed, region)
+        for node in segment.nodes:
+            if node in before:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        tiles = Tiles(region, count, env.__getitem__, functools.partial(_emit, graph, capture))
+        found = tiles.run([Wanted(node) for node in exits], lambda exit_, new: None)
+        env |= {exit_.node: new for exit_, new in found.items()}
     for node in segment.nodes:
-        if node in needed:
-            env[node] = graph.node_copy(node, lambda source: env[source])
+        if node in needed and node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[node] for node in wanted))
     return Code(_module(graph), tuple(Read(segment.position[node]) for node in outside), writes, (), ())
 

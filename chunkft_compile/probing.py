@@ -13,7 +13,7 @@ from torch import fx
 from chunkft_compile.assembly import Rows, gradient_key, propagate
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.liveness import storages
-from chunkft_compile.lowering import OPTIONS, SERVES, Code, Demand, Lowering
+from chunkft_compile.lowering import SERVES, Code, Demand, Lowering
 from chunkft_compile.offloading import OFFLOAD, lowered_option
 from chunkft_compile.planner.problem import Cost, Kind
 from chunkft_compile.planner.problem import Segment as SizedSegment
@@ -67,13 +67,13 @@ def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Pro
     shared = _shared(lowering, base)
     outside = base | set(shared)
     backwards = {(s.number, role, option): code for s in lowering.segments for role, option, code in _codes(lowering, s, wanted[s.number])}
-    forwards = {key: _forward(lowering, lowering.segments[key[0]], code) for key, code in backwards.items()}
+    forwards = {key: _forward(lowering, lowering.segments[key[0]], code, key[2]) for key, code in backwards.items()}
     costs.measure(code.module.graph for code in {*backwards.values(), *forwards.values()})
     kinds: dict[Kind, int] = {}
     segments = []
     for s in lowering.segments:
         table: dict[str, list[Cost]] = defaultdict(list)
-        for option in OPTIONS:
+        for option in lowering.options(s):
             for role in ("frozen", "passing", "active", "last"):
                 key = (s.number, role, option)
                 if key in backwards:
@@ -112,7 +112,7 @@ def _codes(lowering: Lowering, segment: Segment, wanted: _Wanted) -> list[tuple[
     roles = {"frozen": [], "passing": passing, "active": wanted.active, "last": slices or passing}
     found = []
     for role, demands in roles.items():
-        options = OPTIONS if demands else OPTIONS[:1]
+        options = lowering.options(segment) if demands else lowering.options(segment)[:1]
         found += [(role, option, lowering.backward(segment, demands, option)) for option in options]
     return found
 
@@ -122,10 +122,10 @@ def _in_order(demands: Iterable[Demand]) -> list[Demand]:
     return sorted(demands, key=lambda demand: (demand.position, demand.length or 0))
 
 
-def _forward(lowering: Lowering, segment: Segment, backward: Code) -> Code:
+def _forward(lowering: Lowering, segment: Segment, backward: Code, option: str) -> Code:
     """The forward that saves what `backward` reads of its own segment."""
     saved = {read.position for read in backward.reads if read.position >= 0 and is_forward(segment.nodes[read.position])}
-    return lowering.forward(segment, lowering.exports(segment) | saved)
+    return lowering.forward(segment, lowering.exports(segment) | saved, option)
 
 
 def _shared(lowering: Lowering, base: set[int]) -> dict[int, int]:

@@ -219,6 +219,8 @@ class Session:
         if self.accumulating and step.update is Update.IMMEDIATE:
             return False
         resident = self.planned.schedule.resident
+        if not compiled.offers(step):
+            return False
         return compiled.timeline(step, resident=resident, accumulating=self.accumulating).peak_nbytes <= self.options.budget_nbytes
 
     def _shrink(self, compiled: Compiled, held: list[int]) -> None:

@@ -32,7 +32,7 @@ class Workshop:
         """As `capture.capture`."""
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        trained = [parameter.requires_grad for parameter in model.parameters()]
+        trained = [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
         modes = [module.training for module in model.modules()]
         key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only))
         if key not in self._captures:

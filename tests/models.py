@@ -106,6 +106,35 @@ class Shared(nn.Module):
         return y
 
 
+class Tagger(nn.Module):
+    """Embedding, a hidden layer and a cross entropy of any kind, in one segment; `settings` go to the loss."""
+
+    def __init__(self, *, tied: bool = False, weighted: bool = False, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(VOCABULARY, 6)
+        self.hidden = nn.Linear(6, 6)
+        self.head = nn.Linear(6, VOCABULARY)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("weights", torch.linspace(0.5, 1.5, VOCABULARY) if weighted else None)
+
+    def extra_repr(self) -> str:
+        return f"{self.settings}, tied={self.head.weight is self.embedding.weight}, weighted={self.weights is not None}"
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(torch.tanh(self.hidden(self.embedding(input_ids)))).flatten(0, -2)
+        weights: torch.Tensor | None = self.weights  # type: ignore[assignment]
+        return functional.cross_entropy(logits, labels.flatten(), weights, **self.settings)
+
+
+def gemma2() -> nn.Module:
+    """Two blocks under a tied head whose logits are capped by a tanh."""
+    settings: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    settings |= {"intermediate_size": 24, "vocab_size": VOCABULARY, "head_dim": 8, "final_logit_softcapping": 3.0}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**settings))
+
+
 def sequential() -> nn.Module:
     """Activations between layers, as nn.Sequential numbers them."""
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -115,6 +144,19 @@ def token_batch(seed: int = 0, *, rows: int = 2, tokens: int = TOKENS) -> dict[s
     """Token ids that are their own labels."""
     ids = torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
+
+
+def masked_batch(seed: int = 0, *, rows: int = 2, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    """Token ids of which most of the first row are no labels."""
+    batch = token_batch(seed, rows=rows, tokens=tokens)
+    labels = batch["labels"].clone()
+    labels[0, : tokens * 4 // 5] = -100
+    return batch | {"labels": labels}
+
+
+def counted_batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch whose loss is a sum over as many tokens as the Trainer counted in all micro-batches."""
+    return masked_batch(seed) | {"num_items_in_batch": torch.tensor(17)}
 
 
 def class_batch(seed: int = 0, *, rows: int = 2, tokens: int = TOKENS) -> dict[str, torch.Tensor]:

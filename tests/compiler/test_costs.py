@@ -74,6 +74,32 @@ def test_equal_calls_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [3, 1]
 
 
+def test_calls_that_write_are_measured_wherever_they_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def count(calls: list[Any], device: torch.device) -> list[CallCost]:
+        measured.append(len(calls))
+        return [CallCost(700, 0, 1.0)] * len(calls)
+
+    monkeypatch.setattr(costs_module, "measure_calls", count)
+    graph, mode = fx.Graph(), FakeTensorMode()
+    x = graph.placeholder("x")
+    with mode:
+        x.meta["val"] = torch.empty(6, 4)
+    written = []
+    for start in (0, 2, 4):
+        rows = graph.call_function(aten.narrow.default, (x, 0, start, 2))
+        written.append(graph.call_function(aten.add_.Tensor, (rows, 1.0)))
+        with mode:
+            rows.meta["val"] = x.meta["val"].narrow(0, start, 2)
+            written[-1].meta["val"] = rows.meta["val"].add_(1.0)
+    graph.output((x,))
+    found = _measured(graph)
+    assert measured == [1]
+    assert [found.temporary_nbytes(node) for node in written] == [700] * 3
+    assert all(found.us(node) == 10**6 for node in written)
+
+
 def test_measuring_draws_nothing() -> None:
     graph, _ = _graph((4, 6), torch.float32, (aten.native_dropout.default, 0.5, True))
     torch.manual_seed(0)

@@ -175,18 +175,21 @@ def _measured(code: Code, *, freed: bool) -> int:
 
 
 @pytest.mark.parametrize("freed", [False, True])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [*OPTIONS, "tiled 3"])
 @pytest.mark.parametrize("name", ["llama", "gpt2-tied"])
 def test_lowered_codes_take_what_is_predicted(name: str, option: str, freed: bool) -> None:
     lowering, costs = lowered(name), OperatorCosts(torch.device("cpu"))
-    codes = [lowering.backward(segment, demands(lowering, segment), option) for segment in lowering.segments]
-    codes += [_forward(lowering, code, segment) for code, segment in zip(codes, lowering.segments, strict=True)]
+    options = [option if lowering.has_option(segment, option) else "inputs" for segment in lowering.segments]
+    assert option in options
+    pairs = list(zip(lowering.segments, options, strict=True))
+    codes = [lowering.backward(segment, demands(lowering, segment), name) for segment, name in pairs]
+    codes += [_forward(lowering, code, *pair) for code, pair in zip(codes, pairs, strict=True)]
     costs.measure(code.module.graph for code in codes)
     for code in codes:
         groups = frozenset(code.footprint.inputs) if freed else NOTHING
         assert _measured(code, freed=freed) == code.footprint.transient_nbytes(groups, costs.temporary_nbytes)
 
 
-def _forward(lowering: Lowering, backward: Code, segment: Any) -> Code:
+def _forward(lowering: Lowering, backward: Code, segment: Any, option: str) -> Code:
     saved = {read.position for read in backward.reads if read.position >= 0}
-    return lowering.forward(segment, lowering.exports(segment) | saved)
+    return lowering.forward(segment, lowering.exports(segment) | saved, option)

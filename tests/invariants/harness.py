@@ -29,9 +29,10 @@ Optimizing = Callable[[list[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A captured model with the dense gradients of its first batch."""
+    """A captured model with the result and the dense gradients of its first batch."""
 
     model: nn.Module
+    result: torch.Tensor
     leaves: list[torch.Tensor]
     tangents: list[torch.Tensor]
     dense: dict[str, torch.Tensor]
@@ -61,6 +62,10 @@ class Bench:
 
     def gradients(self, chunks: Mapping[int, Rows], options: Sequence[str]) -> dict[int, torch.Tensor | None]:
         """What a run of that program leaves in the chunks' `.grad`."""
+        return self.run(chunks, options)[1]
+
+    def run(self, chunks: Mapping[int, Rows], options: Sequence[str]) -> tuple[torch.Tensor, dict[int, torch.Tensor | None]]:
+        """The result of a run of that program, and the gradients."""
         assembled = self.assemble(chunks, options)
         found, sources, tangents = self.capture, {}, {}
         for value, node in assembled.bindings.items():
@@ -78,9 +83,14 @@ class Bench:
             for number, weight in weights.items()
         }
         run = Run(assembled.program, [code.call for code in assembled.codes], sources, leaves)
-        run.forward()
+        (result,) = run.forward().values()
+        result = result.clone()
         run.backward(tangents)
-        return {number: leaf.grad for number, leaf in leaves.items()}
+        return result, {number: leaf.grad for number, leaf in leaves.items()}
+
+    def options(self, option: str) -> list[str]:
+        """`option` for every segment that has it, "inputs" for the others."""
+        return [option if self.lowering.has_option(segment, option) else "inputs" for segment in self.lowering.segments]
 
 
 @functools.cache
@@ -92,12 +102,12 @@ def bench(workshop: Workshop, case: Case) -> Bench:
         kwargs = kwargs | {"use_cache": False}
     output = model(*args, **kwargs)
     result = output if isinstance(output, torch.Tensor) else output.loss
-    tangent = torch.linspace(0.5, 1.5, result.numel()).view(result.shape)
+    tangent = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype).view(result.shape)
     torch.autograd.backward(result, tangent)
     dense = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = workshop.capture(model, args, kwargs)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    return Bench(model, leaves, [tangent], dense, found, workshop.lower(found, cut(found)), workshop)
+    return Bench(model, result.detach(), leaves, [tangent], dense, found, workshop.lower(found, cut(found)), workshop)
 
 
 @functools.cache

@@ -38,8 +38,8 @@ def steps(draw: st.DrawFn, found: Bench) -> tuple[dict[int, Rows], list[str]]:
         pieces = [Rows(name, start, stop, size) for start, stop in itertools.pairwise(edges)]
         active = draw(st.lists(st.sampled_from(pieces), min_size=1, unique_by=lambda rows: rows.start))
         chunks |= {len(chunks) + i: rows for i, rows in enumerate(active)}
-    options = draw(st.lists(st.sampled_from(OPTIONS), min_size=len(found.lowering.segments), max_size=len(found.lowering.segments)))
-    return chunks, options
+    offered = [[o for o in (*OPTIONS, "tiled 3") if found.lowering.has_option(segment, o)] for segment in found.lowering.segments]
+    return chunks, [draw(st.sampled_from(options)) for options in offered]
 
 
 def check(found: Bench, chunks: dict[int, Rows], options: list[str]) -> None:
@@ -91,10 +91,11 @@ def _is_made_dense(codes: tuple[Code, ...], dense: torch.Tensor) -> bool:
     return any(sorted(t.shape) == sorted(dense.shape) for t in made)
 
 
+@pytest.mark.parametrize("option", ["save", "tiled 3"])
 @pytest.mark.parametrize("case", TRANSFORMERS, ids=lambda case: case.name)
-def test_no_backward_makes_the_dense_gradient_of_a_split_parameter(workshop: Workshop, case: Case) -> None:
+def test_no_backward_makes_the_dense_gradient_of_a_split_parameter(workshop: Workshop, case: Case, option: str) -> None:
     found = bench(workshop, case)
-    options = ["save"] * len(found.lowering.segments)
+    options = found.options(option)
     for name, dense in found.dense.items():
         size = len(dense)
         if size < 4:  # the slice of an embedding has one row more than asked for: as many as two or three rows have
