@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.costs import Costs
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.lowering import Code, Demand, Lowering
 from chunkft_compile.planner.program import Instruction, Op, Program
@@ -37,13 +37,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Update:
-    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each."""
+    """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each.
+
+    `us` is the optimizer's time of a group, `us_of(chunk)` that of the transfers of one chunk's state.
+    """
 
     groups: tuple[tuple[int, ...], ...]
     transient_nbytes: tuple[int, ...]
     resident: frozenset[int]
     state_nbytes: Mapping[int, int]
     us_of: Callable[[int], int]
+    us: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ def assemble(
     *,
     base_nbytes: int,
     grad_nbytes: Mapping[int, int],
-    costs: OperatorCosts,
+    costs: Costs,
     update: Update,
     accumulating: bool,
 ) -> Assembled:
@@ -157,12 +161,12 @@ def _dense(lowering: Lowering, chunks: Mapping[int, Rows], demands: _Demands) ->
 def _updates(update: Update) -> list[Instruction]:
     """State in, optimizer, state out, group by group; what stays on the device does not move."""
     instructions = []
-    for group, transient in zip(update.groups, update.transient_nbytes, strict=True):
+    for group, transient, step_us in zip(update.groups, update.transient_nbytes, update.us, strict=True):
         moving = tuple(chunk for chunk in group if chunk not in update.resident)
         us = sum(update.us_of(chunk) for chunk in moving)
         if moving:
             instructions.append(Instruction(Op.FETCH, chunks=moving, us=us // 2))
-        instructions.append(Instruction(Op.UPDATE, chunks=group, transient_nbytes=transient))
+        instructions.append(Instruction(Op.UPDATE, chunks=group, transient_nbytes=transient, us=step_us))
         if moving:
             instructions.append(Instruction(Op.EVICT, chunks=moving, us=us - us // 2))
     return instructions
@@ -246,7 +250,7 @@ class _Writer:
             self.bindings[self.ids[key]] = key[0]
         return self.ids[key]
 
-    def finish(self, costs: OperatorCosts) -> None:
+    def finish(self, costs: Costs) -> None:
         """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""
         costs.measure(code.module.graph for code in self.codes)
         last: dict[int, int] = {}

@@ -6,7 +6,7 @@ figures depend on the operator, its arguments' layouts and the thread count only
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -20,6 +20,22 @@ Slot = tuple[int, torch.dtype]
 
 _SIGNATURE = "chunkft_signature"  # key in a node's meta
 _VIEW_US = 3  # a view makes no bytes; this is the dispatch
+
+
+class Costs(Protocol):
+    """What the compiler asks about operators. `OperatorCosts` measured it, `roofline.RooflineCosts` computes it."""
+
+    def measure(self, graphs: Iterable[fx.Graph]) -> None:
+        """Make sure that every call of `graphs` is known."""
+
+    def temporary_nbytes(self, node: fx.Node) -> int:
+        """Most bytes inside the call beyond its results."""
+
+    def us(self, node: fx.Node) -> int:
+        """Microseconds of the call."""
+
+    def graph_us(self, graph: fx.Graph) -> int:
+        """Microseconds of all calls of a graph."""
 
 
 class OperatorCosts:
