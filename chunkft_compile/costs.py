@@ -51,25 +51,25 @@ class OperatorCosts:
         pending: dict[object, fx.Node] = {}
         for graph in graphs:
             for node in graph.nodes:
-                if _is_measured(node) and _signature(node) not in self._table:
-                    pending.setdefault(_signature(node), node)
+                if makes_bytes(node) and signature(node) not in self._table:
+                    pending.setdefault(signature(node), node)
         for nodes in _together(pending.values()):
             arena = _Arena(nodes, self.device)
             costs = measure_calls([_call(node, arena) for node in nodes], self.device)
-            self._table.update(zip(map(_signature, nodes), costs, strict=True))
+            self._table.update(zip(map(signature, nodes), costs, strict=True))
 
     def temporary_nbytes(self, node: fx.Node) -> int:
         """Most bytes inside the call beyond its results."""
-        if not _is_measured(node):
+        if not makes_bytes(node):
             return 0
-        cost = self._table[_signature(node)]
+        cost = self._table[signature(node)]
         return max(0, cost.peak_nbytes - cost.end_nbytes)
 
     def us(self, node: fx.Node) -> int:
         """Microseconds of the call."""
         if node.op != "call_function" or node.target is operator.getitem:
             return 0
-        return round(self._table[_signature(node)].seconds * 1e6) if _is_measured(node) else _VIEW_US
+        return round(self._table[signature(node)].seconds * 1e6) if makes_bytes(node) else _VIEW_US
 
     def graph_us(self, graph: fx.Graph) -> int:
         """Microseconds of all calls of a graph."""
@@ -78,7 +78,7 @@ class OperatorCosts:
         return self._graph_us[graph]
 
 
-def _is_measured(node: fx.Node) -> bool:
+def makes_bytes(node: fx.Node) -> bool:
     """Calls that make bytes; views and tuple items do not."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -86,7 +86,7 @@ def _is_measured(node: fx.Node) -> bool:
     return any(storage not in before for storage in storages(node.meta.get("val")))
 
 
-def _signature(node: fx.Node) -> object:
+def signature(node: fx.Node) -> object:
     """Equal for calls that cost the same."""
     if _SIGNATURE not in node.meta:
         node.meta[_SIGNATURE] = _sign_call(node)
