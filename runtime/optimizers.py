@@ -113,7 +113,7 @@ def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], de
     dtype = next(iter(distinct))[1]
     vector, matrix = ((1024,), dtype), ((32, 32), dtype)
     trials: list[list[Layout]] = [*([layout] for layout in largest.values()), [vector], [vector, vector], [matrix], [matrix, matrix]]
-    probes = [_prepare(optimizer, trial, device) for trial in trials]
+    probes = [prepare(optimizer, trial, device) for trial in trials]
     calls = measure_calls([partial(step_only, p) for p in probes], device)
     del probes
     one, two, one_matrix, two_matrices = (call.peak_nbytes for call in calls[-4:])
@@ -121,16 +121,16 @@ def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], de
     of_class = dict(zip(largest, calls[:-4], strict=True))
     costs = {}
     for layout in distinct:
-        state, counters = _state_nbytes(_prepare(optimizer, [layout], device))
+        state, counters = _state_nbytes(prepare(optimizer, [layout], device))
         call, whole = of_class[_class(layout)], _numel(largest[_class(layout)])
         scaled = -(-call.peak_nbytes * _numel(layout) // whole)
         us = math.ceil(max(least_us, call.seconds * 1e6 * _numel(layout) / whole))
-        costs[layout] = StepCost(state, counters, scaled + (_spare_nbytes(layout, state, device) if scaled else 0), us)
+        costs[layout] = StepCost(state, counters, scaled + (spare_nbytes(layout, state, device) if scaled else 0), us)
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
     return OptimizerCost(name, costs, max(two / one if one else 1.0, two_matrices / one_matrix if one_matrix else 1.0))
 
 
-def _spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
+def spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
     """What scaling by elements misses: one-element temporaries, and the rows and columns of a factored optimizer."""
     scalars = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
     factored = len(layout[0]) > 1 and 0 < state_nbytes < _numel(layout) * layout[1].itemsize
@@ -146,7 +146,7 @@ def _numel(layout: Layout) -> int:
     return math.prod(layout[0])
 
 
-def _prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torch.device) -> Optimizer:
+def prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torch.device) -> Optimizer:
     """A copy of the optimizer over zeros of these layouts, with its state made by one step."""
     leaves = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in layouts]
     for leaf in leaves:
