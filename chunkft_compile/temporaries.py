@@ -20,9 +20,18 @@ _NONE = {  # one kernel from arguments to results, or a copy
     *("clone", "_to_copy", "copy", "cat", "stack", "repeat", "constant_pad_nd", "roll", "flip", "tril", "triu", "as_strided_scatter"),
     *("arange", "full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "empty", "empty_like", "scalar_tensor", "_unsafe_view"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "empty_strided", "empty_permuted", "lift_fresh_copy"),
-    *("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward"),
+    *(
+        "_softmax",
+        "_safe_softmax",
+        "_log_softmax",
+        "_softmax_backward_data",
+        "_log_softmax_backward_data",
+        "nll_loss_forward",
+        "nll_loss_backward",
+    ),
     *("native_layer_norm", "_fused_rms_norm", "native_dropout", "native_dropout_backward", "bernoulli", "rand", "randn", "masked_fill"),
-    *("scatter", "scatter_add", "expand_copy", "view_copy", "reshape", "_reshape_alias", "unbind_copy", "split_copy", "glu", "mse_loss"),
+    *("scatter", "scatter_add", "expand_copy", "view_copy", "reshape", "_reshape_alias", "unbind_copy", "split_copy", "glu"),
+    *("nll_loss_backward", "mse_loss"),
 }
 _REDUCTIONS = {
     "sum",

@@ -104,7 +104,7 @@ class _Trial:
         state: dict[str, dict[tuple[int, ...], int]] = {}
         counters = 0
         for corner in itertools.product(*([(4 + i, 8 + 2 * i) for i in range(rank)])):
-            found = next(iter(prepare(optimizer, [(corner, dtype)], _CPU).state.values()), {})  # plain SGD keeps nothing
+            found: dict[str, Any] = next(iter(prepare(optimizer, [(corner, dtype)], _CPU).state.values()), {})  # plain SGD keeps nothing
             tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
             counters = sum(value.numel() <= 1 for value in tensors.values())
             for key, value in tensors.items():
@@ -162,11 +162,11 @@ def _overlap(optimizer: Optimizer, dtype: torch.dtype) -> float:
     return two / one if one else 1.0
 
 
-class _Traffic(TorchDispatchMode):
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts kernels and the bytes they read and write; tensors of one element are counters and cost nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
