@@ -90,5 +90,5 @@ def allocated_nbytes(tensor: torch.Tensor) -> int:
     """Bytes that the allocator of its device counts for the storage of a (fake) tensor."""
     nbytes = tensor.untyped_storage().nbytes()
     usual = 1 if tensor.device.type in ("cpu", "meta") else BLOCK_NBYTES
-    block = getattr(tensor.fake_mode, _BLOCKS, usual) if isinstance(tensor, FakeTensor) else usual
+    block: int = getattr(tensor.fake_mode, _BLOCKS, usual) if isinstance(tensor, FakeTensor) else usual
     return -(-nbytes // block) * block
