@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.costs import Costs
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import Code, Demand, Lowering
@@ -68,7 +68,7 @@ def assemble(
     *,
     base_nbytes: int,
     grad_nbytes: Mapping[int, int],
-    costs: OperatorCosts,
+    costs: Costs,
     update: Update,
     accumulating: bool,
     link: Link | None = None,
@@ -260,7 +260,7 @@ class _Writer:
         """Bytes that the step owns behind these values."""
         return sum(self.storage_nbytes[storage] for storage in {self.storage_of[value] for value in values} if storage >= 0)
 
-    def finish(self, costs: OperatorCosts, link: Link | None) -> None:
+    def finish(self, costs: Costs, link: Link | None) -> None:
         """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""
         costs.measure(code.module.graph for code in self.codes)
         last: dict[int, int] = {}
@@ -287,7 +287,7 @@ class _Writer:
             for value in new.frees:
                 alive[self.storage_of[value]].discard(value)
 
-    def _timed(self, old: Instruction, frees: tuple[int, ...], alive: Mapping[int, set[int]], costs: OperatorCosts) -> Instruction:
+    def _timed(self, old: Instruction, frees: tuple[int, ...], alive: Mapping[int, set[int]], costs: Costs) -> Instruction:
         """A call with what it frees, the bytes it needs and the time it takes."""
         code = self.codes[old.code]
         groups = set()

@@ -8,14 +8,29 @@ import torch
 
 from chunkft_compile.planner.units import format_nbytes
 
-__all__ = ["FORMS", "device_nbytes", "format_nbytes", "parse_budget"]
+__all__ = ["FORMS", "device_nbytes", "format_nbytes", "parse_amount", "parse_budget"]
 
 FORMS = 'write "14GB" (10^9 bytes), "13.5GiB" (2^30 bytes), "80%" of the device\'s memory, or an integer of bytes'
+
+_AMOUNTS = 'write "14GB" (10^9 bytes) or "13.5GiB" (2^30 bytes)'
 
 _DECIMAL = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS = _DECIMAL | _BINARY
 _PATTERN = re.compile(rf"\s*([0-9]+(?:\.[0-9]+)?)\s*({'|'.join(_UNITS)}|%)\s*", re.IGNORECASE)
+
+
+def parse_amount(text: str, what: str, *, whole_nbytes: int | None = None) -> int:
+    """Bytes of `text` for the option `what`, rounded down; "80%" is of `whole_nbytes`. Raises `ValueError` with the accepted forms."""
+    match = _PATTERN.fullmatch(text)
+    forms = FORMS if whole_nbytes is not None else _AMOUNTS
+    if match is None or (match[2] == "%" and (whole_nbytes is None or Fraction(match[1]) > 100)):
+        raise ValueError(f"{what} {text!r} is not an amount of memory: {forms}")
+    unit = Fraction(whole_nbytes or 0, 100) if match[2] == "%" else Fraction(_UNITS[match[2].lower()])
+    nbytes = int(Fraction(match[1]) * unit)
+    if nbytes <= 0:
+        raise ValueError(f"{what} {text!r} leaves no memory at all: {forms}")
+    return nbytes
 
 
 def parse_budget(budget: str | int, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from chunkft_compile.assembly import Assembled, Rows, Update, assemble
 from chunkft_compile.capture import Capture
-from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.costs import Costs
 from chunkft_compile.liveness import Footprint, storages
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.planner.problem import Chunk as SizedChunk
@@ -47,7 +47,7 @@ class Setting:
 class Compiled:
     """One captured signature. `fixed_nbytes` live throughout a step: see `fixed_nbytes()`."""
 
-    def __init__(self, capture: Capture, fixed_nbytes: int, costs: OperatorCosts, setting: Setting) -> None:
+    def __init__(self, capture: Capture, fixed_nbytes: int, costs: Costs, setting: Setting) -> None:
         self.capture = capture
         self.setting = setting
         self.base_nbytes = fixed_nbytes + setting.counter_nbytes
@@ -77,8 +77,19 @@ class Compiled:
         for number, chunk in enumerate(setting.chunks):
             cost = setting.optimizer.of_layout[_layout(chunk)]
             sized = found.chunks[number]
-            update = cost.state_nbytes + cost.transient_nbytes
-            chunks.append(SizedChunk(chunk.name, sized.segment, sized.first, sized.grad_nbytes, cost.state_nbytes, update, sized.grad_us))
+            chunks.append(
+                SizedChunk(
+                    chunk.name,
+                    sized.segment,
+                    sized.first,
+                    sized.grad_nbytes,
+                    cost.state_nbytes,
+                    cost.state_nbytes + cost.transient_nbytes,
+                    sized.grad_us,
+                    cost.us,
+                    chunk.nbytes if sized.moving else 0,
+                )
+            )
         static = self.base_nbytes + found.shared_nbytes + _outputs_nbytes(self.capture)
         updates = (When.HELD,) if accumulating else setting.updates
         if When.IMMEDIATE in updates:
@@ -140,6 +151,7 @@ class Compiled:
             resident,
             state,
             lambda number: self.setting.link.read_us(state[number]) + self.setting.link.write_us(state[number]),
+            tuple(self.setting.optimizer.us(group) for group in layouts),
             step.update,
         )
         return assemble(

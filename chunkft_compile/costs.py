@@ -6,7 +6,7 @@ figures depend on the operator, its arguments' layouts and the thread count only
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -22,6 +22,22 @@ _SIGNATURE = "chunkft_signature"  # key in a node's meta
 _VIEW_US = 3  # a view makes no bytes; this is the dispatch
 
 
+class Costs(Protocol):
+    """What the compiler asks about operators. `OperatorCosts` measured it, `roofline.RooflineCosts` computes it."""
+
+    def measure(self, graphs: Iterable[fx.Graph]) -> None:
+        """Make sure that every call of `graphs` is known."""
+
+    def temporary_nbytes(self, node: fx.Node) -> int:
+        """Most bytes inside the call beyond its results."""
+
+    def us(self, node: fx.Node) -> int:
+        """Microseconds of the call."""
+
+    def graph_us(self, graph: fx.Graph) -> int:
+        """Microseconds of all calls of a graph."""
+
+
 class OperatorCosts:
     """A table of measured calls on one device, filled when asked."""
 
@@ -35,25 +51,25 @@ class OperatorCosts:
         pending: dict[object, fx.Node] = {}
         for graph in graphs:
             for node in graph.nodes:
-                if _is_measured(node) and _signature(node) not in self._table:
-                    pending.setdefault(_signature(node), node)
+                if makes_bytes(node) and signature(node) not in self._table:
+                    pending.setdefault(signature(node), node)
         for nodes in _together(pending.values()):
             arena = _Arena(nodes, self.device)
             costs = measure_calls([_call(node, arena) for node in nodes], self.device)
-            self._table.update(zip(map(_signature, nodes), costs, strict=True))
+            self._table.update(zip(map(signature, nodes), costs, strict=True))
 
     def temporary_nbytes(self, node: fx.Node) -> int:
         """Most bytes inside the call beyond its results."""
-        if not _is_measured(node):
+        if not makes_bytes(node):
             return 0
-        cost = self._table[_signature(node)]
+        cost = self._table[signature(node)]
         return max(0, cost.peak_nbytes - cost.end_nbytes)
 
     def us(self, node: fx.Node) -> int:
         """Microseconds of the call."""
         if node.op != "call_function" or node.target is operator.getitem:
             return 0
-        return round(self._table[_signature(node)].seconds * 1e6) if _is_measured(node) else _VIEW_US
+        return round(self._table[signature(node)].seconds * 1e6) if makes_bytes(node) else _VIEW_US
 
     def graph_us(self, graph: fx.Graph) -> int:
         """Microseconds of all calls of a graph."""
@@ -62,7 +78,7 @@ class OperatorCosts:
         return self._graph_us[graph]
 
 
-def _is_measured(node: fx.Node) -> bool:
+def makes_bytes(node: fx.Node) -> bool:
     """Calls that make bytes or write into some; views and tuple items do neither."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -72,7 +88,7 @@ def _is_measured(node: fx.Node) -> bool:
     return any(storage not in before for storage in storages(node.meta.get("val")))
 
 
-def _signature(node: fx.Node) -> object:
+def signature(node: fx.Node) -> object:
     """Equal for calls that cost the same; where in a storage an argument begins makes no difference."""
     if _SIGNATURE not in node.meta:
         node.meta[_SIGNATURE] = _sign_call(node)

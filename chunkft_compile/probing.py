@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from chunkft_compile.assembly import Rows, gradient_key, propagate
-from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.costs import Costs
 from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import SERVES, Code, Demand, Lowering
 from chunkft_compile.offloading import OFFLOAD, lowered_option
@@ -19,16 +19,18 @@ from chunkft_compile.planner.problem import Cost, Kind
 from chunkft_compile.planner.problem import Segment as SizedSegment
 from chunkft_compile.runtime.chunks import BLOCK_NBYTES
 from chunkft_compile.segments import Segment, is_forward
+from chunkft_compile.weights import Weights
 
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """Where the gradient of a chunk is made, and what it costs."""
+    """Where the gradient of a chunk is made, what it costs, and whether its weights can move with those of its segment."""
 
     segment: int
     first: int
     grad_nbytes: int
     grad_us: int
+    moving: bool
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ class _Wanted:
         return [demand for demand, _ in self.own + self.partial]
 
 
-def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Probe:
+def probe(lowering: Lowering, rows: Sequence[Rows], costs: Costs) -> Probe:
     """Lower every kind in every role and option, measure its operators, and tabulate."""
     wanted = _wanted(lowering, rows)
     base = _base(lowering)
     shared = _shared(lowering, base)
+    weights = Weights(lowering)
     outside = base | set(shared)
     backwards = {(s.number, role, option): code for s in lowering.segments for role, option, code in _codes(lowering, s, wanted[s.number])}
     forwards = {key: _forward(lowering, lowering.segments[key[0]], code, key[2]) for key, code in backwards.items()}
@@ -82,8 +85,8 @@ def probe(lowering: Lowering, rows: Sequence[Rows], costs: OperatorCosts) -> Pro
         kind = Kind(*(_pareto(table[role]) for role in ("frozen", "passing", "active", "last")))
         number = kinds.setdefault(kind, len(kinds))
         entry, arriving = _boundary(lowering, s, backwards[s.number, "active", "save"], shared)
-        segments.append(SizedSegment(s.name, number, entry, arriving))
-    chunks = _chunk_costs(lowering, rows, wanted, backwards, costs)
+        segments.append(SizedSegment(s.name, number, entry, arriving, weights.nbytes(s.number)))
+    chunks = _chunk_costs(lowering, rows, wanted, backwards, costs, weights)
     return Probe(tuple(kinds), tuple(segments), chunks, sum(shared.values()))
 
 
@@ -163,7 +166,7 @@ def _boundary(lowering: Lowering, segment: Segment, code: Code, shared: Mapping[
     )
 
 
-def _cost(segment: Segment, wanted: _Wanted, option: str, backward: Code, forward: Code, outside: set[int], costs: OperatorCosts) -> Cost:
+def _cost(segment: Segment, wanted: _Wanted, option: str, backward: Code, forward: Code, outside: set[int], costs: Costs) -> Cost:
     """`outside` are storages that live whatever the segment does: weights, inputs, values shared by several segments."""
     saved, groups = _saved(segment, backward, outside)
     slices = frozenset(i for i, demand in enumerate(backward.demands) if demand in set(wanted.slices))
@@ -240,7 +243,8 @@ def _chunk_costs(
     rows: Sequence[Rows],
     wanted: Sequence[_Wanted],
     backwards: Mapping[tuple[int, str, str], Code],
-    costs: OperatorCosts,
+    costs: Costs,
+    weights: Weights,
 ) -> tuple[ChunkCost, ...]:
     segment_of = {number: s for s, w in enumerate(wanted) for _, number in w.own}
     first_of = {number: s for s, w in enumerate(wanted) for _, number in w.partial}
@@ -255,10 +259,11 @@ def _chunk_costs(
             group, made = code.footprint.outputs[i]
             assert group < 0, f"the gradient of {rows[number].param} lies in an argument's storage"
             nbytes[number] = max(nbytes.get(number, 0), made)
-    return tuple(ChunkCost(segment_of[n], max(first_of.get(n, 0), segment_of[n]), nbytes[n], us[n]) for n in range(len(rows)))
+    moving = [weights.segment_of.get(row.param) is not None for row in rows]
+    return tuple(ChunkCost(segment_of[n], max(first_of.get(n, 0), segment_of[n]), nbytes[n], us[n], moving[n]) for n in range(len(rows)))
 
 
-def _demand_us(code: Code, costs: OperatorCosts) -> dict[int | str, int]:
+def _demand_us(code: Code, costs: Costs) -> dict[int | str, int]:
     """Time of the nodes that serve one demand (by index) or one whole gradient (by parameter) only."""
     found: dict[int | str, int] = defaultdict(int)
     for node in code.module.graph.nodes:

@@ -14,7 +14,8 @@ from chunkft_compile.planner.program import Instruction, Op
 class Update:
     """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each.
 
-    `when` HELD, all groups come after the backward; IMMEDIATE, each one as soon as its gradients are complete.
+    `us` is the optimizer's time of a group, `us_of(chunk)` that of moving one chunk's state there and back. `when` HELD, all groups come
+    after the backward; IMMEDIATE, each one as soon as its gradients are complete.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -22,6 +23,7 @@ class Update:
     resident: frozenset[int]
     state_nbytes: Mapping[int, int]
     us_of: Callable[[int], int]
+    us: tuple[int, ...]
     when: When = When.HELD
 
 
@@ -32,14 +34,13 @@ def with_updates(calls: Sequence[Instruction], update: Update, memory_of: Mappin
     `memory_of` are, by chunk, the values that lie in them.
     """
     if update.when is When.HELD:
-        moves = zip(update.groups, update.transient_nbytes, strict=True)
-        return [*calls, *(instruction for group, nbytes in moves for instruction in _moves(update, group, nbytes, ()))]
+        return [*calls, *(instruction for number in range(len(update.groups)) for instruction in _moves(update, number, ()))]
     value_of = {chunk: value for instruction in calls for value, chunk in instruction.gradients}
     ready: dict[int, list[Instruction]] = defaultdict(list)
-    for group, nbytes in zip(update.groups, update.transient_nbytes, strict=True):
+    for number, group in enumerate(update.groups):
         gradients = tuple((value_of[chunk], chunk) for chunk in group)
         place = max(_last_call(calls, value, memory_of[chunk]) for value, chunk in gradients)
-        ready[place] += _moves(update, group, nbytes, gradients)
+        ready[place] += _moves(update, number, gradients)
     return [made for number, call in enumerate(calls) for made in (call, *ready[number])]
 
 
@@ -48,12 +49,13 @@ def _last_call(calls: Sequence[Instruction], gradient: int, memory: frozenset[in
     return max(number for number, call in enumerate(calls) if gradient in call.writes or not memory.isdisjoint(call.reads))
 
 
-def _moves(update: Update, group: tuple[int, ...], transient_nbytes: int, gradients: tuple[tuple[int, int], ...]) -> list[Instruction]:
+def _moves(update: Update, number: int, gradients: tuple[tuple[int, int], ...]) -> list[Instruction]:
     """State in, optimizer, state out for one group; what stays on the device does not move. `gradients` are freed by the update."""
+    group, transient_nbytes = update.groups[number], update.transient_nbytes[number]
     moving = tuple(chunk for chunk in group if chunk not in update.resident)
     us = sum(update.us_of(chunk) for chunk in moving)
     frees = tuple(value for value, _ in gradients)
-    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes)
+    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes, us=update.us[number])
     if not moving:
         return [step]
     return [Instruction(Op.FETCH, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, chunks=moving, us=us - us // 2)]

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 BLOCK_NBYTES = 512  # what CUDA's caching allocator rounds sizes up to, in its statistics too
+_BLOCKS = "chunkft_block_nbytes"  # attribute of a fake mode whose tensors stand for those of a device with blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +60,19 @@ def _split(name: str, weight: nn.Parameter, limit_nbytes: int) -> Iterator[Chunk
 
 
 def split_for_budget(model: nn.Module, budget_nbytes: int) -> tuple[Chunk, ...]:
-    """The chunks of `model` under a budget: each at most 1/24 of what the weights leave of it.
+    """The chunks of `model` under a budget, see `chunk_limit_nbytes`."""
+    return split_parameters(model, chunk_limit_nbytes(model, budget_nbytes))
+
+
+def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
+    """The largest chunk of `model` under a budget: at most 1/24 of what the weights leave of it.
 
     Smaller chunks pack better, larger ones run faster. The limit is a power of two, so that near budgets have the same chunks,
     and at least 1/512 of the weights, so that their number stays small.
     """
     weights = storage_nbytes([*model.parameters(), *model.buffers()])
     room = max(1, (budget_nbytes - weights) // 24)
-    return split_parameters(model, max(2 ** (room.bit_length() - 1), weights // 512))
+    return max(2 ** (room.bit_length() - 1), weights // 512)
 
 
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -73,7 +80,15 @@ def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: allocated_nbytes(t) for t in tensors}.values())
 
 
+def with_blocks(mode: FakeTensorMode, block_nbytes: int) -> FakeTensorMode:
+    """`mode`, whose tensors from now on count in blocks of `block_nbytes`: fake CPU tensors that stand for another device's."""
+    setattr(mode, _BLOCKS, block_nbytes)
+    return mode
+
+
 def allocated_nbytes(tensor: torch.Tensor) -> int:
     """Bytes that the allocator of its device counts for the storage of a (fake) tensor."""
-    nbytes = tensor.untyped_storage().nbytes()
-    return nbytes if tensor.device.type in ("cpu", "meta") else -(-nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
+    nbytes: int = tensor.untyped_storage().nbytes()
+    usual = 1 if tensor.device.type in ("cpu", "meta") else BLOCK_NBYTES
+    block: int = getattr(tensor.fake_mode, _BLOCKS, usual) if isinstance(tensor, FakeTensor) else usual
+    return -(-nbytes // block) * block

@@ -1,4 +1,4 @@
-"""What the runtime must know of the user's optimizer: where it is, what it trains, and what a step of it costs in bytes."""
+"""What the runtime must know of the user's optimizer: where it is, what it trains, and what a step of it costs in bytes and time."""
 
 import gc
 import math
@@ -23,15 +23,16 @@ Layout = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes of one chunk in an optimizer step.
+    """One chunk in an optimizer step.
 
     `state_nbytes` can leave the device between steps, `counter_nbytes` (tensors of one element) stays; `transient_nbytes` is
-    allocated and freed inside the step.
+    allocated and freed inside the step, which takes `us` microseconds.
     """
 
     state_nbytes: int
     counter_nbytes: int
     transient_nbytes: int
+    us: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class OptimizerCost:
         together = sum(transients) if self.overlap > 1.75 else round(max(transients) * self.overlap)
         return min(together, sum(transients)) if len(transients) > 1 else transients[0]
 
+    def us(self, layouts: Sequence[Layout]) -> int:
+        """Microseconds of stepping chunks of these layouts: a chunk costs the same alone and among others."""
+        return sum(self.of_layout[layout].us for layout in layouts)
+
     def alone_nbytes(self, layout: Layout) -> int:
         """State and transient of one chunk stepped alone."""
         return self.of_layout[layout].state_nbytes + self.of_layout[layout].transient_nbytes
@@ -61,7 +66,10 @@ class OptimizerCost:
         pairs = {layout: (cost, other.of_layout[layout]) for layout, cost in self.of_layout.items()}
         larger = {
             layout: StepCost(
-                max(a.state_nbytes, b.state_nbytes), max(a.counter_nbytes, b.counter_nbytes), max(a.transient_nbytes, b.transient_nbytes)
+                max(a.state_nbytes, b.state_nbytes),
+                max(a.counter_nbytes, b.counter_nbytes),
+                max(a.transient_nbytes, b.transient_nbytes),
+                max(a.us, b.us),
             )
             for layout, (a, b) in pairs.items()
         }
@@ -122,9 +130,10 @@ def step_alone(optimizer: Optimizer, leaves: Iterable[nn.Parameter]) -> None:
 def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], device: torch.device) -> OptimizerCost:
     """Step copies of `optimizer` (AdamW with defaults if None) and see what they allocate.
 
-    State is read off a step of every layout. Transients are measured on the largest layout of each rank and dtype and scaled by
-    elements. Raises `TypeError` for an optimizer that counts steps per parameter group or keeps state in other than plain
-    tensors: chunks are stepped one group after the other, and such counters would run ahead.
+    State is read off a step of every layout. Transients and times are measured on the largest layout of each rank and dtype and
+    scaled by elements; no chunk takes less time than one of 1024 elements. Raises `TypeError` for an optimizer that counts steps
+    per parameter group or keeps state in other than plain tensors: chunks are stepped one group after the other, and such counters
+    would run ahead.
     """
     distinct = set(layouts)
     largest: dict[tuple[bool, torch.dtype], Layout] = {}
@@ -133,21 +142,24 @@ def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], de
     dtype = next(iter(distinct))[1]
     vector, matrix = ((1024,), dtype), ((32, 32), dtype)
     trials: list[list[Layout]] = [*([layout] for layout in largest.values()), [vector], [vector, vector], [matrix], [matrix, matrix]]
-    probes = [_prepare(optimizer, trial, device) for trial in trials]
-    *peaks, one, two, one_matrix, two_matrices = (c.peak_nbytes for c in measure_calls([partial(step_only, p) for p in probes], device))
+    probes = [prepare(optimizer, trial, device) for trial in trials]
+    calls = measure_calls([partial(step_only, p) for p in probes], device)
     del probes
-    transient = dict(zip(largest, peaks, strict=True))
+    one, two, one_matrix, two_matrices = (call.peak_nbytes for call in calls[-4:])
+    least_us = min(calls[-4].seconds, calls[-2].seconds) * 1e6
+    of_class = dict(zip(largest, calls[:-4], strict=True))
     costs = {}
     for layout in distinct:
-        state, counters = _state_nbytes(_prepare(optimizer, [layout], device))
-        whole = _numel(largest[_class(layout)])
-        scaled = -(-transient[_class(layout)] * _numel(layout) // whole)
-        costs[layout] = StepCost(state, counters, scaled + (_spare_nbytes(layout, state, device) if scaled else 0))
+        state, counters = _state_nbytes(prepare(optimizer, [layout], device))
+        call, whole = of_class[_class(layout)], _numel(largest[_class(layout)])
+        scaled = -(-call.peak_nbytes * _numel(layout) // whole)
+        us = math.ceil(max(least_us, call.seconds * 1e6 * _numel(layout) / whole))
+        costs[layout] = StepCost(state, counters, scaled + (spare_nbytes(layout, state, device) if scaled else 0), us)
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
     return OptimizerCost(name, costs, max(two / one if one else 1.0, two_matrices / one_matrix if one_matrix else 1.0))
 
 
-def _spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
+def spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
     """What scaling by elements misses: one-element temporaries, and the rows and columns of a factored optimizer."""
     scalars = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
     factored = len(layout[0]) > 1 and 0 < state_nbytes < _numel(layout) * layout[1].itemsize
@@ -163,7 +175,7 @@ def _numel(layout: Layout) -> int:
     return math.prod(layout[0])
 
 
-def _prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torch.device) -> Optimizer:
+def prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torch.device) -> Optimizer:
     """A copy of the optimizer over zeros of these layouts, with its state made by one step."""
     leaves = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in layouts]
     for leaf in leaves:

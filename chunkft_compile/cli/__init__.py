@@ -1,4 +1,5 @@
-"""The command `chunkft`: `plan` shows what a budget buys, `train` fine-tunes a model inside it.
+"""The command `chunkft`: `plan` shows what a budget buys, `train` fine-tunes a model inside it; `fit` and `pareto` plan for a device that
+need not be here.
 
 Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted.
 """
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from chunkft_compile.cli import plan, train
+from chunkft_compile.cli import fit, pareto, plan, train
 from chunkft_compile.errors import BudgetError, CaptureError, TrainingError
 
 _EPILOG = """\
@@ -18,8 +19,10 @@ examples:
   chunkft plan ./SmolLM2-135M --budget 1.2GB --batch 1 --seq 256
   chunkft train ./SmolLM2-135M --data notes.txt --budget 1.2GB --out ./tuned
   chunkft train model.gguf --data pairs.jsonl --budget 80% --out ./tuned --steps 200
+  chunkft fit llama-3-8b --device rtx4090 --seq 1024
+  chunkft pareto llama-3-8b --device rtx4090 --seq 1024
 
-`chunkft plan --help` and `chunkft train --help` list the options of each."""
+`chunkft COMMAND --help` lists the options of each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"chunkft {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (plan, train):
+    for module in (plan, train, fit, pareto):
         module.add_parser(commands)
     return parser
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser, *, budget_required: bool = True) -> None:
     """The model, its budget and the shape of one batch."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="local Hugging Face model directory, or a .gguf file")
     parser.add_argument(
-        "--budget", required=True, metavar="BYTES", help='memory on the device: "14GB" (10^9), "13.5GiB" (2^30), "80%%" of it'
+        "--budget", required=budget_required, metavar="BYTES", help='memory on the device: "14GB" (10^9), "13.5GiB" (2^30), "80%%" of it'
     )
     parser.add_argument("--batch", type=at_least(1), default=1, metavar="N", help="sequences in a batch (default: %(default)s)")
     parser.add_argument("--seq", type=at_least(2), default=512, metavar="N", help="tokens in a sequence (default: %(default)s)")

@@ -11,6 +11,7 @@ import chunkft_compile
 from chunkft_compile.budget import format_nbytes
 from chunkft_compile.cli.loop import build_optimizer
 from chunkft_compile.pretrained import load_weights
+from chunkft_compile.runtime.modelled_optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PlanConfig:
     accumulate: int
     solve_seconds: float
     seed: int
+    optimizer: str | None = None  # None: the one that `chunkft train` trains with
 
 
 def planned_model(config: PlanConfig) -> tuple[Any, int]:
@@ -47,7 +49,9 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
     # memory and time depend on the shape of a batch, not on which tokens it holds
     ids = torch.zeros(config.batch, config.seq, dtype=torch.int64, device=config.device)
     batch = {"input_ids": ids, "labels": ids}
-    optimizer = build_optimizer(model, lr=0.0, weight_decay=0.0)  # the plan counts what the optimizers it finds need
+    # the plan counts what the optimizers it finds need
+    leaves = list(model.parameters())
+    optimizer = make_optimizer(config.optimizer, leaves) if config.optimizer else build_optimizer(model, lr=0.0, weight_decay=0.0)
     model.plan(**batch)
     del optimizer
     return model, model.plain_peak_nbytes(**batch)

@@ -84,6 +84,12 @@ def test_state_of_adamw_is_two_copies_and_a_counter() -> None:
     assert (cost.state_nbytes, cost.counter_nbytes) == (2 * 96 * 40 * 4, 4)
 
 
+def test_time_grows_with_elements_and_is_never_nothing() -> None:
+    cost = measure_optimizer(None, LAYOUTS, CPU)
+    assert cost.of_layout[LAYOUTS[0]].us >= cost.of_layout[LAYOUTS[1]].us > 0
+    assert cost.us(LAYOUTS[:2]) == sum(cost.of_layout[layout].us for layout in LAYOUTS[:2])
+
+
 def test_measuring_leaves_the_optimizer_alone() -> None:
     leaf = _leaf(LAYOUTS[0])
     optimizer = torch.optim.AdamW([leaf], lr=0.5)

@@ -1,0 +1,97 @@
+"""`chunkft pareto`: what more memory buys, from the smallest budget to the one where nothing is left to gain."""
+
+import argparse
+from typing import Any
+
+from tabulate import tabulate
+
+from chunkft_compile.budget import format_nbytes
+from chunkft_compile.cli.offline import Question, add_shape, say_modelled
+from chunkft_compile.cli.options import at_least, between
+from chunkft_compile.cli.planned import say
+from chunkft_compile.offline import OfflineModel, Shape, smallest_offline
+from chunkft_compile.planner import BudgetError, Schedule, plan
+
+_EPILOG = """\
+examples:
+  chunkft pareto llama-3-8b --device rtx4090 --seq 1024
+  chunkft pareto gpt2-xl --device rtx3090 --points 12 --update auto --weights host
+
+The last row has room for everything: all parameters at every step, all optimizer state and weights on the device. Rows over the device's
+own memory are marked. Figures are modelled: nothing has been measured on the device."""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command and its options."""
+    parser = commands.add_parser(
+        "pareto",
+        help="print a table of budgets and the sweeps they buy",
+        description="Print budget, seconds per sweep and steps per sweep, from the smallest budget to the one with room for everything.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_shape(parser)
+    parser.add_argument("--points", type=at_least(2), default=8, metavar="N", help="budgets in the table (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=between(0, float("inf")), default=5.0, metavar="S", help="time for the solver, for each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of the solver (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan at every budget and print the table."""
+    question = Question.of(args)
+    shape = Shape(args.batch, args.seq)
+    say(question.describe(shape))
+    model = question.capture(shape)
+
+    def schedule(budget_nbytes: int) -> Schedule:
+        return plan(question.problem(model, budget_nbytes), time_limit_s=args.seconds, seed=args.seed)
+
+    smallest, binding = smallest_offline(model, question.optimizer, question.choices, accumulating=question.accumulating)
+    rows = []
+    for budget in budgets(smallest, _room_for_everything(question, model), args.points):
+        say(f"planning for {format_nbytes(budget)}")
+        try:
+            rows.append(_row(model, budget, schedule(budget)))
+        except BudgetError as error:  # larger chunks than those of the smallest budget: no hole in the table, but said
+            rows.append([format_nbytes(budget), "-", "-", "-", f"no: its chunks need {format_nbytes(error.smallest_nbytes, up=True)}", ""])
+    print(tabulate(rows, headers=["budget", "T", "s per sweep", "peak", "status", ""], disable_numparse=True))
+    print(f"{question.describe(shape)}; the smallest budget is bound by {binding}")
+    say_modelled(model)
+    return 0
+
+
+def _room_for_everything(question: Question, model: OfflineModel) -> int:
+    """The peak of the plan that has more memory than it can use."""
+    without_limit = sum(chunk.state_nbytes + chunk.grad_nbytes for chunk in question.problem(model, model.weights_nbytes).chunks)
+    nbytes = 4 * (model.weights_nbytes + without_limit) + model.device.memory_nbytes
+    while True:
+        schedule = plan(question.problem(model, nbytes), time_limit_s=1.0)
+        # a budget of just its peak comes with smaller chunks and so never needs more
+        if len(schedule.steps) == 1 and len(schedule.resident) == len(schedule.places.state):
+            return schedule.peak_nbytes
+        nbytes *= 2
+
+
+def budgets(smallest: int, largest: int, points: int) -> list[int]:
+    """`points` budgets from the smallest to the largest, each by the same factor above the one before."""
+    if largest <= smallest:
+        return [smallest]
+    factor = (largest / smallest) ** (1 / (points - 1))
+    inner = [round(smallest * factor**i) for i in range(1, points - 1)]
+    return sorted({smallest, *inner, largest})
+
+
+def _row(model: OfflineModel, budget: int, schedule: Schedule) -> list[str]:
+    status = schedule.status if schedule.status == "OPTIMAL" else f"{schedule.status}, gap {100 * schedule.gap:.1f}%"
+    note = f"more than {model.device.name} has" if budget > model.device.budget_nbytes else ""
+    return [
+        format_nbytes(budget, up=True),
+        str(len(schedule.steps)),
+        f"{schedule.sweep_us / 1e6:.3f}",
+        format_nbytes(schedule.peak_nbytes),
+        status,
+        note,
+    ]
