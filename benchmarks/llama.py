@@ -24,7 +24,10 @@ def build_model(layers: int, *, checkpointing: bool = False) -> nn.Module:
     )
     model = LlamaForCausalLM(config)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Named gradient_checkpointing_enable before transformers 5.24. It also makes the output of a frozen embedding require a gradient,
+        # which only reentrant checkpointing needs: backward would run down to it, and rotation would lose its early stop.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
     trained: nn.Module = model.train()
     return trained
 
