@@ -132,8 +132,8 @@ def _adafactor_of(parameter: nn.Parameter) -> Optimizer:
     return Adafactor([parameter], lr=LEARNING_RATE)
 
 
-def _layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Embedding; each block; the last norm with the head."""
+def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The groups of a Llama, lowest first: embedding; each block; the last norm with the head."""
     inner = model.get_submodule("model")
     blocks = [list(block.parameters()) for block in inner.get_submodule("layers").children()]
     head = [*inner.get_submodule("norm").parameters(), *model.get_submodule("lm_head").parameters()]
@@ -141,7 +141,7 @@ def _layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def _rotation(model: nn.Module, *, keep: bool) -> Rotation:
-    return Rotation(model, _layers_of(model), keep=keep)
+    return Rotation(model, layers_of(model), keep=keep)
 
 
 HIFT = ("HiFT m = 1, state in a file", "HiFT m = 1, state in a file + checkpointing")
