@@ -8,10 +8,11 @@ greedy one, an equal-byte cut in parameter order and groups of whole layers, eac
 the fastest options and the optimizer state placed by the planner. All are in one process and take turns sweep by sweep, in another order
 every round, after one sweep each that is not counted. `predicted` is the quotient of the predicted times of a sweep, `measured` that of the
 medians of CPU seconds (`time.process_time`), both relative to the solver's schedule: above 1 the solver's is faster. The solver's schedule
-runs a second time as a contestant of its own: its distance from 1 is the noise.
+runs a second time as a contestant of its own: its distance from 1 is the noise. Rows appear on stderr as they are measured.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -138,7 +139,9 @@ def main() -> None:
         smallest, plain = run_alone(budget_range, name, "held")
         for fraction in options.fraction or FRACTIONS:
             budget_nbytes = smallest + int(fraction * (plain - smallest))
-            rows += _rows(name, budget_nbytes, run_alone(run_case, name, budget_nbytes, options.rounds))
+            found = _rows(name, budget_nbytes, run_alone(run_case, name, budget_nbytes, options.rounds))
+            print(tabulate(found, tablefmt="plain", disable_numparse=True), file=sys.stderr, flush=True)
+            rows += found
     headers = ("model", "budget MB", "schedule", "T", "peak MB", "predicted s", "CPU s", "predicted x", "measured x", "verdict")
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "left", *["right"] * 6, "left")))
     beaten, lost = (sum(row[-1].startswith(found) for row in rows) for found in (FASTER, SLOWER))
