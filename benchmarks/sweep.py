@@ -1,7 +1,7 @@
 """Seconds until every parameter was trained once, under equal bytes: rotation, checkpointing, in-backward updates, and ours.
 
     python -m benchmarks.sweep                                        # 12-layer Llama of 134M parameters; about an hour
-    python -m benchmarks.sweep --layers 2 --budgets 400MB 350MB --updates held
+    python -m benchmarks.sweep --layers 2 --budgets 600MB 500MB --updates held
     python -m benchmarks.sweep --json > sweep.json
 
 Ours gets the bytes that each other method needs (those within 1 % of each other share a row, at the smaller), and the budgets given,
@@ -146,7 +146,7 @@ def _every_step(measured: Sequence[Row]) -> Aim:
 def _cells(row: Row) -> tuple[str, ...]:
     entry, budget = row.entry, mb(row.entry.budget_nbytes) if row.entry.budget_nbytes else ""
     if isinstance(row.peak, Refusal) or row.times is None:
-        return (entry.name, budget, str(row.peak), *[""] * (len(HEADERS) - 3))
+        return (f"{entry.name}, {row.peak}", budget, *[""] * (len(HEADERS) - 2))
     peak, times, own_s = row.peak, row.times, fmean(row.times.own_s)
     predicted = mb(peak.predicted_nbytes) if peak.predicted_nbytes is not None else ""
     wall_s = times.wall_s / len(times.own_s) * peak.steps
