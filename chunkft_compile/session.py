@@ -20,7 +20,9 @@ from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import BudgetError, TrainingError
 from chunkft_compile.planner import Problem, Step, budget_error, plan, smallest_budget
-from chunkft_compile.planner.bounds import choose_options
+from chunkft_compile.planner.grounds import settle
+from chunkft_compile.planner.options import choose_options
+from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
@@ -195,10 +197,10 @@ class Session:
         """
         self._solve(compiled)
         problem = compiled.problem(accumulating=True)
-        resident_nbytes = sum(problem.chunks[n].state_nbytes for n in self.planned.schedule.resident)
+        ground = settle(problem, self.planned.schedule.places)
         kept, options = held, None
         while kept and options is None:
-            options = choose_options(problem, kept, self.options.budget_nbytes - resident_nbytes)
+            options = choose_options(ground, kept, self.options.budget_nbytes, Update.HELD)
             if options is None:
                 kept = kept[1:]  # the lowest first: without them the step is shallower
         if options is None:

@@ -1,6 +1,9 @@
 """The planner: a `Problem` of integers in, a `Schedule` out. Imports no torch."""
 
+from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, check_fingerprint
+from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
+from chunkft_compile.planner.methods import method_problem, restrict
 from chunkft_compile.planner.planning import plan
 from chunkft_compile.planner.problem import (
     BudgetError,
@@ -26,6 +29,7 @@ __all__ = [
     "BudgetError",
     "Chunk",
     "Cost",
+    "Fingerprint",
     "Instruction",
     "Kind",
     "Link",
@@ -33,6 +37,9 @@ __all__ = [
     "Op",
     "Placement",
     "Places",
+    "Plan",
+    "PlanMismatch",
+    "Prefer",
     "Problem",
     "Program",
     "Role",
@@ -43,10 +50,13 @@ __all__ = [
     "Update",
     "VerifyError",
     "budget_error",
+    "check_fingerprint",
     "format_schedule",
     "from_json",
+    "method_problem",
     "place_state",
     "plan",
+    "restrict",
     "simulate",
     "smallest_budget",
     "to_json",

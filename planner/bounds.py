@@ -1,17 +1,14 @@
-"""The one place where the memory and the time of a step are computed: roles, moments, and the fastest options that fit.
+"""The one place where the memory of a step is computed: roles, moments, and what they hold.
 
-The formulas are those in the docstring of `problem`. Everything that builds schedules reads them here; `verifying` alone
+The formulas are those of NOTE [memory of a step] in `problem`. Everything that builds schedules reads them here; `verifying` alone
 recomputes them in its own words.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chunkft_compile.planner.problem import Chunk, Cost, Problem, Role, Step
-
-# How many (saved bytes, time) points `choose_options` keeps per segment. Fronts of real models (a few kinds, three options)
-# stay below it, so the choice is the fastest one; beyond it the front is thinned and the choice may be slightly slower.
-FRONT_POINTS = 96
+from chunkft_compile.planner.grounds import Ground
+from chunkft_compile.planner.problem import Chunk, Cost, Problem, Role, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +52,43 @@ def roles_of(problem: Problem, chunks: Sequence[int]) -> tuple[Role, ...]:
     )
 
 
-def gradients_at(problem: Problem, chunks: Sequence[int]) -> list[int]:
+def gradients_at(problem: Problem, chunks: Sequence[int], update: Update) -> list[int]:
     """Bytes of gradients live while the backward of each segment runs."""
     count = len(problem.segments)
-    emitted = [0] * count
+    passing, first = [0] * count, [0] * count
     for index in chunks:
         chunk = problem.chunks[index]
-        for segment in range(chunk.segment, chunk.first + 1) if problem.accumulating else (chunk.first,):
-            emitted[segment] += chunk.grad_nbytes
+        first[chunk.first] += chunk.grad_nbytes
+        for segment in range(chunk.segment, chunk.first + 1):
+            passing[segment] += chunk.grad_nbytes
     if problem.accumulating:  # all buffers are there already, new slices come on top until they are added
-        total = sum(problem.chunks[index].grad_nbytes for index in chunks)
-        return [total + nbytes for nbytes in emitted]
+        total = waiting_nbytes(problem, chunks)
+        return [total + nbytes for nbytes in passing]
+    if update is Update.IMMEDIATE:
+        return passing
     for segment in reversed(range(count - 1)):
-        emitted[segment] += emitted[segment + 1]
-    return emitted
+        first[segment] += first[segment + 1]
+    return first
 
 
-def update_load(problem: Problem, chunks: Sequence[int]) -> Load:
+def waiting_nbytes(problem: Problem, chunks: Sequence[int]) -> int:
+    """Gradients of earlier micro-batches, there during every forward."""
+    return sum(problem.chunks[index].grad_nbytes for index in chunks) if problem.accumulating else 0
+
+
+def held_update(ground: Ground, chunks: Sequence[int]) -> Load:
     """The moment of the optimizer: every gradient of the step, and one chunk at a time with its state and workspace."""
-    active = [problem.chunks[index] for index in chunks]
-    grad_nbytes = sum(chunk.grad_nbytes for chunk in active)
-    return Load("update", problem.static_nbytes, 0, grad_nbytes, max(chunk.update_nbytes for chunk in active))
+    grad_nbytes = sum(ground.problem.chunks[index].grad_nbytes for index in chunks)
+    return Load("update", ground.base_nbytes, 0, grad_nbytes, max(ground.update_nbytes[index] for index in chunks))
+
+
+def windows(ground: Ground, chunks: Sequence[int]) -> list[int]:
+    """The largest update inside the backward of each segment, when updates are IMMEDIATE; -1 where there is none."""
+    found = [-1] * len(ground.problem.segments)
+    for index in chunks:
+        segment = ground.problem.chunks[index].segment
+        found[segment] = max(found[segment], ground.update_nbytes[index])
+    return found
 
 
 def costs_of(problem: Problem, chunks: Sequence[int], options: Sequence[str]) -> list[Cost]:
@@ -86,105 +99,33 @@ def costs_of(problem: Problem, chunks: Sequence[int], options: Sequence[str]) ->
     return found
 
 
-def loads(problem: Problem, chunks: Sequence[int], options: Sequence[str]) -> list[Load]:
-    """Every moment of a step in the order of time: forwards, backwards, update."""
-    costs, gradients, depth = costs_of(problem, chunks, options), gradients_at(problem, chunks), depth_of(problem, chunks)
-    static, waiting = problem.static_nbytes, _waiting_nbytes(problem, chunks)
-    forwards, backwards, saved = [], [], 0
+def loads(ground: Ground, chunks: Sequence[int], options: Sequence[str], update: Update) -> list[Load]:
+    """Every moment of a step in the order of time: forwards, backwards (and IMMEDIATE updates), the HELD update."""
+    problem, base = ground.problem, ground.base_nbytes
+    costs, gradients, depth = costs_of(problem, chunks, options), gradients_at(problem, chunks, update), depth_of(problem, chunks)
+    waiting, window = waiting_nbytes(problem, chunks), windows(ground, chunks)
+    forwards: list[Load] = []
+    backwards: list[Load] = []
+    saved = 0
     for s, (segment, cost) in enumerate(zip(problem.segments, costs, strict=True)):
-        own = segment.entry_nbytes + cost.forward_peak_nbytes
-        forwards.append(Load(f"forward {segment.name}", static, saved, waiting, own))
+        below = saved
+        forwards.append(Load(f"forward {segment.name}", base, saved, waiting, segment.entry_nbytes + cost.forward_peak_nbytes))
         saved += cost.saved_nbytes
-        if s >= depth:
-            own = segment.arriving_nbytes + cost.backward_peak_nbytes
-            backwards.append(Load(f"backward {segment.name}", static, saved, gradients[s], own))
-    return [*forwards, *reversed(backwards), update_load(problem, chunks)]
+        if s < depth:
+            continue
+        if update is Update.IMMEDIATE and window[s] >= 0:
+            own = window[s] + arriving_below(problem, s, depth)
+            backwards.append(Load(f"update in {segment.name}", base, below, gradients[s], own))
+        own = segment.arriving_nbytes + cost.backward_peak_nbytes + cost.offloaded_nbytes
+        backwards.append(Load(f"backward {segment.name}", base, saved, gradients[s], own))
+    return [*forwards, *reversed(backwards), *([held_update(ground, chunks)] if update is Update.HELD else [])]
 
 
-def peak_of(problem: Problem, chunks: Sequence[int], options: Sequence[str]) -> int:
+def arriving_below(problem: Problem, segment: int, depth: int) -> int:
+    """What the backward of `segment` leaves for the one below it."""
+    return problem.segments[segment - 1].arriving_nbytes if segment > depth else 0
+
+
+def peak_of(ground: Ground, chunks: Sequence[int], options: Sequence[str], update: Update) -> int:
     """The bound of a step: its fullest moment, in bytes."""
-    return max(load.nbytes for load in loads(problem, chunks, options))
-
-
-def time_of(problem: Problem, chunks: Sequence[int], options: Sequence[str]) -> int:
-    """The time of a step in microseconds, without the transfer of optimizer state."""
-    roles = roles_of(problem, chunks)
-    segments = sum(cost_us(cost, role) for cost, role in zip(costs_of(problem, chunks, options), roles, strict=True))
-    return segments + sum(problem.chunks[index].grad_us for index in chunks)
-
-
-def cost_us(cost: Cost, role: Role) -> int:
-    """The time of an option: a frozen segment has no backward."""
-    return cost.forward_us + (0 if role is Role.FROZEN else cost.backward_us)
-
-
-def make_step(problem: Problem, chunks: Sequence[int], options: Sequence[str]) -> Step:
-    """The step of these chunks and options, with its bound and its time."""
-    ordered = tuple(sorted(chunks))
-    return Step(ordered, tuple(options), peak_of(problem, ordered, options), time_of(problem, ordered, options))
-
-
-def fits(problem: Problem, chunks: Sequence[int], budget_nbytes: int) -> bool:
-    """Is there any choice of options within the budget? Exact."""
-    return choose_options(problem, chunks, budget_nbytes, points=1) is not None
-
-
-def choose_options(problem: Problem, chunks: Sequence[int], budget_nbytes: int, *, points: int = FRONT_POINTS) -> tuple[str, ...] | None:
-    """The fastest options with which a step of these chunks stays within the budget, or None where there are none.
-
-    Every moment of segment `s` holds the bytes saved below it plus what `s` itself needs, so two choices for the segments
-    below matter only through (saved bytes, time): the Pareto front of these pairs, carried upwards, loses no best choice. The
-    point with the fewest saved bytes is never thinned away, which makes the answer None exact for any number of `points`.
-    """
-    if update_load(problem, chunks).nbytes > budget_nbytes:
-        return None
-    gradients = gradients_at(problem, chunks)
-    forward_room = budget_nbytes - problem.static_nbytes - _waiting_nbytes(problem, chunks)
-    front: list[_Point] = [(0, 0, None)]
-    for s, role in enumerate(roles_of(problem, chunks)):
-        segment = problem.segments[s]
-        entering = forward_room - segment.entry_nbytes
-        leaving = budget_nbytes - problem.static_nbytes - segment.arriving_nbytes - gradients[s]
-        grown: list[_Point] = []
-        for cost in problem.costs(s, role):
-            us, room = cost_us(cost, role), entering - cost.forward_peak_nbytes
-            if role is not Role.FROZEN:
-                room = min(room, leaving - cost.saved_nbytes - cost.backward_peak_nbytes)
-            grown += [(p[0] + cost.saved_nbytes, p[1] + us, (p[2], cost.option)) for p in front if p[0] <= room]
-        front = _thinned(_pareto(grown), points)
-        if not front:
-            return None
-    return _names(front[-1][2])
-
-
-_Link = tuple["_Link | None", str]
-_Point = tuple[int, int, _Link | None]  # saved bytes, microseconds, the names chosen so far
-
-
-def _waiting_nbytes(problem: Problem, chunks: Sequence[int]) -> int:
-    """Gradients of earlier micro-batches, there during every forward."""
-    return sum(problem.chunks[index].grad_nbytes for index in chunks) if problem.accumulating else 0
-
-
-def _pareto(points: list[_Point]) -> list[_Point]:
-    """More saved bytes only where they buy time: ascending bytes, descending time."""
-    kept: list[_Point] = []
-    for point in sorted(points, key=lambda point: point[:2]):
-        if not kept or point[1] < kept[-1][1]:
-            kept.append(point)
-    return kept
-
-
-def _thinned(front: list[_Point], points: int) -> list[_Point]:
-    """At most `points` of a front, evenly spread, the one with the fewest bytes always among them."""
-    if len(front) <= points:
-        return front
-    return [front[0]] if points == 1 else [front[i * (len(front) - 1) // (points - 1)] for i in range(points)]
-
-
-def _names(link: _Link | None) -> tuple[str, ...]:
-    names: list[str] = []
-    while link is not None:
-        link, name = link
-        names.append(name)
-    return tuple(reversed(names))
+    return max(load.nbytes for load in loads(ground, chunks, options, update))

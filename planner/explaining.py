@@ -1,10 +1,12 @@
-"""Why a budget is too small, and what would be enough."""
+"""Why a budget is too small, what would be enough, and what would help."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from chunkft_compile.planner.bounds import Load, choose_options, fits, loads
-from chunkft_compile.planner.problem import BudgetError, Chunk, Problem
+from chunkft_compile.planner.bounds import Load, loads
+from chunkft_compile.planner.grounds import Ground, leanest
+from chunkft_compile.planner.options import best_step, fits
+from chunkft_compile.planner.problem import BudgetError, Chunk, Placement, Problem, Step, Update
 from chunkft_compile.planner.units import format_nbytes
 
 
@@ -14,30 +16,68 @@ def smallest_budget(problem: Problem) -> tuple[int, str]:
     The planner finds a schedule as soon as every chunk fits in a step of its own, and refuses otherwise, so it is the largest of
     what these steps need. (More chunks would need less only where a segment takes more memory to do less, say to be FROZEN.)
     """
-    index, nbytes = _hardest_chunk(problem)
-    return nbytes, _binding_load(problem, index, nbytes).name
+    ground = leanest(problem)
+    index, nbytes = _hardest_chunk(ground)
+    return nbytes, _binding_load(ground, index, nbytes).name
+
+
+def fits_at_all(problem: Problem) -> bool:
+    """Is there a schedule? See `smallest_budget`."""
+    ground = leanest(problem)
+    return all(fits(ground, [index], problem.budget_nbytes) for index in _distinct(problem))
 
 
 def budget_error(problem: Problem) -> BudgetError:
-    """The error for a problem without a schedule: what binds, how much would do, what to change."""
-    index, nbytes = _hardest_chunk(problem)
-    load = _binding_load(problem, index, nbytes)
+    """The error for a problem without a schedule: what binds, how much would do, what would help."""
+    ground = leanest(problem)
+    index, nbytes = _hardest_chunk(ground)
+    load = _binding_load(ground, index, nbytes)
     lines = [
         f"no schedule fits the budget of {format_nbytes(problem.budget_nbytes)} ({problem.budget_nbytes} bytes)",
         f"the smallest that does is {format_nbytes(nbytes, up=True)} ({nbytes} bytes): {load.name} needs it, even when only "
         f"{problem.chunks[index].name} is trained",
-        *(f"  {format_nbytes(size):>12}  {what}" for what, size in _contributions(load)),
+        *(f"  {format_nbytes(size):>12}  {what}" for what, size in contributions(load)),
         f'give a budget of "{format_nbytes(nbytes, up=True).replace(" ", "")}" or more, or a smaller batch or sequence',
+        *(f"or {advice}" for advice in remedies(problem)),
     ]
     return BudgetError("\n".join(lines), smallest_nbytes=nbytes, binding=load.name)
 
 
-def _hardest_chunk(problem: Problem) -> tuple[int, int]:
+def steps_error(problem: Problem, max_steps: int, *, proven: bool) -> BudgetError:
+    """The error where a budget has schedules, but none with so few steps."""
+    found = "none exists" if proven else "none was found in the time given"
+    nbytes = smallest_budget(problem)[0]
+    return BudgetError(
+        f"no schedule of at most {max_steps} steps fits {format_nbytes(problem.budget_nbytes)} ({problem.budget_nbytes} bytes): {found}; "
+        f"give more bytes or more steps (without a limit on steps {format_nbytes(nbytes, up=True)} is enough)",
+        smallest_nbytes=nbytes,
+        binding=f"at most {max_steps} steps",
+    )
+
+
+def remedies(problem: Problem) -> list[str]:
+    """What the caller has not allowed, and the smallest budget with it."""
+    found = []
+    away = tuple(link.placement for link in problem.links)
+    if problem.weights == (Placement.DEVICE,) and any(segment.weight_nbytes for segment in problem.segments):
+        found.append(("weights beside the device", replace(problem, weights=(Placement.DEVICE, *away))))
+    if problem.updates == (Update.HELD,) and not problem.accumulating:
+        found.append(("IMMEDIATE updates", replace(problem, updates=(Update.HELD, Update.IMMEDIATE))))
+    if problem.accumulating:
+        found.append(("no accumulation", replace(problem, accumulating=False)))
+    if problem.state == (Placement.DEVICE,):
+        found.append(("optimizer state beside the device", replace(problem, state=(Placement.DEVICE, *away))))
+    now = smallest_budget(problem)[0]
+    with_it = [(what, smallest_budget(other)[0]) for what, other in found]
+    return [f"{what}: {format_nbytes(nbytes, up=True)} is enough" for what, nbytes in with_it if nbytes < now]
+
+
+def _hardest_chunk(ground: Ground) -> tuple[int, int]:
     """The chunk whose own step needs the largest budget, and that budget."""
     hardest, nbytes = -1, 0
-    for index in _distinct(problem):
-        if hardest < 0 or not fits(problem, [index], nbytes):  # most chunks fit what an earlier one needs: one cheap test
-            hardest, nbytes = index, _smallest_alone(problem, index, nbytes)
+    for index in _distinct(ground.problem):
+        if hardest < 0 or not fits(ground, [index], nbytes):  # most chunks fit what an earlier one needs: one cheap test
+            hardest, nbytes = index, _smallest_alone(ground, index, nbytes)
     return hardest, nbytes
 
 
@@ -45,35 +85,41 @@ def _distinct(problem: Problem) -> Iterator[int]:
     """One chunk of each sort; what its name and its times are makes no difference to memory."""
     seen: set[Chunk] = set()
     for index, chunk in enumerate(problem.chunks):
-        sort = replace(chunk, name="", state_nbytes=0, grad_us=0)
+        sort = replace(chunk, name="", grad_us=0, update_us=0)
         if sort not in seen:
             seen.add(sort)
             yield index
 
 
-def _smallest_alone(problem: Problem, index: int, too_small: int) -> int:
+def _smallest_alone(ground: Ground, index: int, too_small: int) -> int:
     """Binary search for the budget of a step with this chunk alone, above `too_small`."""
-    enough = max(2 * too_small, problem.static_nbytes, 1)
-    while not fits(problem, [index], enough):
+    enough = max(2 * too_small, ground.base_nbytes, 1)
+    while not fits(ground, [index], enough):
         too_small, enough = enough, 2 * enough
     while enough - too_small > 1:
         middle = (too_small + enough) // 2
-        if fits(problem, [index], middle):
+        if fits(ground, [index], middle):
             enough = middle
         else:
             too_small = middle
     return enough
 
 
-def _binding_load(problem: Problem, index: int, nbytes: int) -> Load:
+def _binding_load(ground: Ground, index: int, nbytes: int) -> Load:
     """The fullest moment of the chunk's own step; at the smallest budget it fills it to the last byte."""
-    options = choose_options(problem, [index], nbytes)
-    assert options is not None, f"chunk {index} fits {nbytes} bytes"
-    return max(loads(problem, [index], options), key=lambda load: load.nbytes)
+    step = best_step(ground, [index], nbytes)
+    assert step is not None, f"chunk {index} fits {nbytes} bytes"
+    return binding_load(ground, step)
 
 
-def _contributions(load: Load) -> list[tuple[str, int]]:
-    own = "optimizer state and workspace" if load.name == "update" else "entering values and workspace"
+def binding_load(ground: Ground, step: Step) -> Load:
+    """The fullest moment of a step."""
+    return max(loads(ground, step.chunks, step.options, step.update), key=lambda load: load.nbytes)
+
+
+def contributions(load: Load) -> Sequence[tuple[str, int]]:
+    """What is live at a moment, the largest first."""
+    own = "optimizer state and workspace" if load.name.startswith("update") else "entering values and workspace"
     parts = [
         ("weights, buffers and inputs", load.static_nbytes),
         ("saved values", load.saved_nbytes),

@@ -5,28 +5,40 @@ least as deep, so a chunk that joins one never makes its backward longer; and be
 as few steps as possible are deep. Filling from the top would leave the rest, a nearly empty step, as the deepest of all.
 """
 
-from chunkft_compile.planner.bounds import choose_options, depth_of, fits, make_step
-from chunkft_compile.planner.problem import Problem, Step
+from collections.abc import Sequence
+from dataclasses import replace
+
+from chunkft_compile.planner.bounds import depth_of
+from chunkft_compile.planner.grounds import Ground
+from chunkft_compile.planner.options import best_step, fits
+from chunkft_compile.planner.problem import Chunk, Problem, Step
 
 
-def greedy_steps(problem: Problem) -> tuple[Step, ...] | None:
+def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
     """Steps that train every chunk once, deepest first; None where some chunk does not fit even alone."""
-    budget = problem.budget_nbytes
-    if not all(fits(problem, [index], budget) for index in range(len(problem.chunks))):
+    problem, budget = ground.problem, ground.problem.budget_nbytes
+    if not all(fits(ground, [index], budget) for index in range(len(problem.chunks))):
         return None
     bins: list[list[int]] = []
+    full: set[tuple[int, Chunk]] = set()  # bins only grow, so what did not fit once never will
     for index in sorted(range(len(problem.chunks)), key=lambda index: _rank(problem, index)):
-        open_bin = next((chunks for chunks in _fullest_first(problem, bins) if fits(problem, [*chunks, index], budget)), None)
-        if open_bin is not None:
-            open_bin.append(index)
+        sort = replace(problem.chunks[index], name="", grad_us=0)
+        for number in _fullest_first(problem, bins):
+            if (number, sort) not in full and fits(ground, [*bins[number], index], budget):
+                bins[number].append(index)
+                break
+            full.add((number, sort))
         else:
             bins.append([index])
-    steps = []
-    for chunks in sorted(bins, key=lambda chunks: depth_of(problem, chunks)):
-        options = choose_options(problem, sorted(chunks), budget)
-        assert options is not None, "a step that fits has options"
-        steps.append(make_step(problem, chunks, options))
-    return tuple(steps)
+    return steps_of(ground, bins)
+
+
+def steps_of(ground: Ground, bins: Sequence[Sequence[int]]) -> tuple[Step, ...] | None:
+    """The fastest steps over these sets of chunks, deepest first; None where one does not fit."""
+    ordered = sorted(bins, key=lambda chunks: depth_of(ground.problem, chunks))
+    found = [best_step(ground, sorted(chunks), ground.problem.budget_nbytes) for chunks in ordered]
+    steps = tuple(step for step in found if step is not None)
+    return steps if len(steps) == len(found) else None
 
 
 def _rank(problem: Problem, index: int) -> tuple[int, int, int, int]:
@@ -35,5 +47,6 @@ def _rank(problem: Problem, index: int) -> tuple[int, int, int, int]:
     return chunk.segment, chunk.first, -chunk.grad_nbytes, index
 
 
-def _fullest_first(problem: Problem, bins: list[list[int]]) -> list[list[int]]:
-    return sorted(bins, key=lambda chunks: -sum(problem.chunks[index].grad_nbytes for index in chunks))
+def _fullest_first(problem: Problem, bins: list[list[int]]) -> list[int]:
+    fill = [sum(problem.chunks[index].grad_nbytes for index in chunks) for chunks in bins]
+    return sorted(range(len(bins)), key=lambda number: -fill[number])

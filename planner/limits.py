@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from chunkft_compile.planner.bounds import cost_us
-from chunkft_compile.planner.problem import Cost, Problem, Role, Step
+from chunkft_compile.planner.grounds import leanest
+from chunkft_compile.planner.problem import Cost, Problem, Role, Step, Update
 
 # The solver may use this many steps even if greedy needs fewer: more steps with faster options sometimes win. For longer sweeps
 # a spare step only made the search slower and its answers worse (measured on 14 segments: 10 % from the bound instead of 6 %).
@@ -16,13 +16,12 @@ def most_steps(problem: Problem, hint: Sequence[Step]) -> int:
     A sweep no slower than the hint consists of at most `affordable` steps, however cheap they are.
     """
     cheapest = cheapest_us(problem)
-    grad_us = sum(chunk.grad_us for chunk in problem.chunks)
-    affordable = (sum(step.us for step in hint) - grad_us) // cheapest if cheapest else len(problem.chunks)
+    affordable = sum(step.us for step in hint) // cheapest if cheapest else len(problem.chunks)
     return max(len(hint), min(len(problem.chunks), affordable, SMALL_SWEEP))
 
 
 def least_us(problem: Problem, depth: int) -> int:
-    """No step of this depth takes less, whatever its chunks and options (the time of its gradients left out)."""
+    """No step of this depth takes less, whatever its chunks and options (gradients, updates and transfers left out)."""
     total = 0
     for s in range(len(problem.segments)):
         roles = (Role.FROZEN,) if s < depth else (Role.LAST,) if s == depth else (Role.PASS, Role.ACTIVE)
@@ -31,35 +30,59 @@ def least_us(problem: Problem, depth: int) -> int:
 
 
 def cheapest_us(problem: Problem) -> int:
-    """No step at all takes less (the time of its gradients left out)."""
+    """No step at all takes less (gradients, updates and transfers left out)."""
     return min(least_us(problem, depth) for depth in {chunk.segment for chunk in problem.chunks})
 
 
-def fewest_steps(problem: Problem, segment: int, update_nbytes: int = 0) -> int:
-    """At least so many steps reach `segment` for a chunk whose update takes `update_nbytes` or more.
-
-    From the largest update down: chunks with a large update need some steps of the small capacity that it leaves; what these
-    cannot hold of the chunks with a smaller update needs further steps, of a larger capacity.
-    """
-    deep = [chunk for chunk in problem.chunks if chunk.segment <= segment]
-    steps = room = 0
-    for least in sorted({chunk.update_nbytes for chunk in deep if chunk.update_nbytes >= update_nbytes}, reverse=True):
-        grad_nbytes = sum(chunk.grad_nbytes for chunk in deep if chunk.update_nbytes >= least)
-        most = most_gradients(problem, segment, least)
-        more = max(0, -(-(grad_nbytes - room) // most))
-        steps, room = steps + more, room + more * most
-    return steps
+def cost_us(cost: Cost, role: Role) -> int:
+    """The compute of an option: a frozen segment has no backward."""
+    return cost.forward_us + (0 if role is Role.FROZEN else cost.backward_us)
 
 
-def most_gradients(problem: Problem, segment: int, update_nbytes: int) -> int:
-    """The most gradient bytes of a step that reaches `segment` and updates a chunk that takes `update_nbytes`."""
-    # At the backward of the depth all gradients of the step are there, and the depth is the segment of some chunk.
-    lasts = [
-        problem.segments[s].arriving_nbytes + cost.saved_nbytes + cost.backward_peak_nbytes
-        for s in {chunk.segment for chunk in problem.chunks if chunk.segment <= segment}
-        for cost in problem.costs(s, Role.LAST)
-    ]
-    return problem.budget_nbytes - problem.static_nbytes - max(update_nbytes, min(lasts))
+class Capacity:
+    """How much gradient a step can hold, for one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        ground = leanest(problem)
+        self.problem = problem
+        self.room = problem.budget_nbytes - ground.base_nbytes
+        self.update_nbytes = ground.update_nbytes
+        self.held_only = problem.updates == (Update.HELD,)
+        lasts = [self._least_last(s) for s in range(len(problem.segments))]
+        trained = sorted({chunk.segment for chunk in problem.chunks})
+        # at the backward of the depth all HELD gradients of the step are there, and the depth is the segment of some chunk
+        self._least = {s: min(lasts[t] for t in trained if t <= s) for s in range(trained[0], len(problem.segments))}
+
+    def fewest_steps(self, segment: int, update_nbytes: int = 0) -> int:
+        """At least so many steps reach `segment` for a chunk whose update takes `update_nbytes` or more.
+
+        HELD, from the largest update down: chunks with a large update need some steps of the small capacity that it leaves; what
+        these cannot hold of the chunks with a smaller update needs further steps, of a larger capacity. IMMEDIATE gradients share
+        a step's memory with those of their own segment only.
+        """
+        chunks = zip(self.problem.chunks, self.update_nbytes, strict=True)
+        deep = [(chunk, nbytes) for chunk, nbytes in chunks if chunk.segment <= segment and nbytes >= update_nbytes]
+        if not self.held_only:
+            totals: dict[int, int] = {}
+            for chunk, _ in deep:
+                totals[chunk.segment] = totals.get(chunk.segment, 0) + chunk.grad_nbytes
+            return max((-(-total // self.room) for total in totals.values()), default=0)
+        steps = room = 0
+        for least in sorted({nbytes for _, nbytes in deep}, reverse=True):
+            grad_nbytes = sum(chunk.grad_nbytes for chunk, nbytes in deep if nbytes >= least)
+            most = self.most_gradients(segment, least)
+            more = max(0, -(-(grad_nbytes - room) // most))
+            steps, room = steps + more, room + more * most
+        return steps
+
+    def most_gradients(self, segment: int, update_nbytes: int) -> int:
+        """The most gradient bytes of a HELD step that reaches `segment` and updates a chunk that takes `update_nbytes`."""
+        return self.room - max(update_nbytes, self._least[segment])
+
+    def _least_last(self, segment: int) -> int:
+        costs = self.problem.costs(segment, Role.LAST)
+        most = min(cost.saved_nbytes + cost.backward_peak_nbytes + cost.offloaded_nbytes for cost in costs)
+        return self.problem.segments[segment].arriving_nbytes + most
 
 
 def undominated(costs: Sequence[Cost], role: Role) -> list[Cost]:
@@ -77,5 +100,5 @@ def beats(one: Cost, other: Cost, role: Role) -> bool:
 
 
 def _figures(cost: Cost, role: Role) -> tuple[int, ...]:
-    backward = 0 if role is Role.FROZEN else cost.backward_peak_nbytes
-    return cost_us(cost, role), cost.saved_nbytes, cost.forward_peak_nbytes, backward
+    backward = (0, 0) if role is Role.FROZEN else (cost.backward_us, cost.backward_peak_nbytes + cost.offloaded_nbytes)
+    return cost.forward_us + backward[0], cost.forward_us, cost.saved_nbytes, cost.forward_peak_nbytes, backward[1], cost.offloaded_nbytes

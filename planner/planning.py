@@ -1,70 +1,111 @@
-"""The whole planner on one screen: greedy, build, solve, place the state, check."""
+"""The whole planner on one screen: known plans, build, solve, place the state, check."""
 
 import time
+from collections.abc import Iterator
 
-from chunkft_compile.planner.bounds import cost_us, roles_of
-from chunkft_compile.planner.bundling import bundle, unbundled
-from chunkft_compile.planner.cpsat import build, solve
-from chunkft_compile.planner.explaining import budget_error
+from chunkft_compile.planner.bounds import roles_of
+from chunkft_compile.planner.bundling import Bundled, bundle
+from chunkft_compile.planner.cpsat import Answer, build, hint, solve
+from chunkft_compile.planner.drafts import Draft, Prefer, finish, rank
+from chunkft_compile.planner.explaining import budget_error, fits_at_all, steps_error
 from chunkft_compile.planner.greedy import greedy_steps
-from chunkft_compile.planner.limits import cheapest_us, least_us, most_steps
-from chunkft_compile.planner.problem import Placement, Places, Problem, Schedule, Step
-from chunkft_compile.planner.residency import place_state
+from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, weight_places
+from chunkft_compile.planner.limits import cheapest_us, cost_us, least_us, most_steps
+from chunkft_compile.planner.methods import METHODS, method_problem, method_steps
+from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
 from chunkft_compile.planner.verifying import verify
 
 
-def plan(problem: Problem, *, time_limit_s: float = 5.0, seed: int = 0, workers: int = 2) -> Schedule:
-    """The fastest sweep found within the budget; `BudgetError` where none fits.
+def plan(
+    problem: Problem,
+    *,
+    prefer: Prefer = "time",
+    max_steps: int | None = None,
+    time_limit_s: float = 5.0,
+    seed: int = 0,
+    workers: int = 2,
+) -> Schedule:
+    """The best sweep found within the budget: the fastest, or with `prefer="fresh"` the one of the fewest steps.
 
-    The same arguments give the same schedule: `time_limit_s` is turned into an amount of work, and real time ends the search only
-    on a machine so slow that it takes twice the limit. OPTIMAL and the gap are about sweeps of at most `most_steps` steps of
-    bundled chunks, and OPTIMAL means within 0.2 %.
+    Never slower than greedy or any of `METHODS` under the same budget. Raises `BudgetError` where no schedule fits, or none of at
+    most `max_steps` steps was found. The same arguments give the same schedule: `time_limit_s` is turned into an amount of work, and
+    real time ends the search only on a machine so slow that it takes twice the limit. OPTIMAL and the gap are about sweeps of at most
+    `most_steps` steps of bundled chunks whose updates leave room for their state as if it were away; OPTIMAL means within 0.2 %.
     """
     start = time.perf_counter()
-    steps = greedy_steps(problem)
-    if steps is None:
+    if not fits_at_all(problem):
         raise budget_error(problem)
+    bundled = bundle(problem)
+    known = [draft for draft in known_drafts(bundled.problem) if max_steps is None or len(draft.steps) <= max_steps]
+    found = [(*finish(problem, draft, bundled), draft) for draft in known]
+    best = min(found, key=lambda one: rank(one[0], prefer), default=None)
     status, gap = "OPTIMAL", 0.0
-    if not _is_best(problem, steps):
-        steps, status, gap = _improve(problem, steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
-    resident = set(place_state(problem, steps))
-    away = problem.links[-1].placement
-    state = tuple(Placement.DEVICE if index in resident else away for index in range(len(problem.chunks)))
-    places = Places(state, (Placement.DEVICE,) * len(problem.segments))
+    if best is None or not _is_best(problem, best[0]):
+        draft = best[2] if best else None
+        answer = _improve(bundled, draft, prefer, max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
+        if answer.draft is not None:
+            found.append((*finish(problem, answer.draft, bundled), answer.draft))
+        if not found:
+            raise steps_error(problem, max_steps or 1, proven=answer.status == "INFEASIBLE")
+        assert answer.status != "INFEASIBLE", "CP-SAT calls a problem infeasible for which a plan is known"
+        best = min(found, key=lambda one: rank(one[0], prefer))
+        status, gap = answer.status, _gap(answer, best[0])
+    steps, places, _ = best
     schedule = Schedule(problem.budget_nbytes, steps, places, status, gap, time.perf_counter() - start)
     verify(problem, schedule)
     return schedule
 
 
+def known_drafts(problem: Problem) -> Iterator[Draft]:
+    """Plans that need no solver: greedy and the methods, for several ways to place the weights."""
+    for weights in {leanest(problem).places.weights: None, **dict.fromkeys(_some(list(weight_places(problem))))}:
+        ground = settle(problem, spread(problem, weights))
+        steps = greedy_steps(ground)
+        if steps is not None:
+            yield Draft(steps, weights)
+    for name in METHODS:
+        method = method_problem(problem, name)
+        if method is not None and Placement.DEVICE in problem.weights:
+            steps = method_steps(settle(method, spread(method, on_device(method))), name)
+            if steps is not None:
+                yield Draft(steps, on_device(problem))
+
+
+def _some(ways: list[tuple[Placement, ...]], most: int = 8) -> list[tuple[Placement, ...]]:
+    """A few of many, evenly spread, the first and the last among them."""
+    return ways if len(ways) <= most else [ways[i * (len(ways) - 1) // (most - 1)] for i in range(most)]
+
+
 def _improve(
-    problem: Problem, steps: tuple[Step, ...], *, time_limit_s: float, seed: int, workers: int
-) -> tuple[tuple[Step, ...], str, float]:
-    """CP-SAT on the bundled problem: steps no slower than the given ones, the status, and the gap to the proven bound."""
-    bundled = bundle(problem)
-    hint = greedy_steps(bundled.problem)
-    assert hint is not None, "every bundle fits alone"
-    model = build(bundled.problem, bundled.groups(), hint, max_steps=most_steps(bundled.problem, hint))
-    answer = solve(model, hint, time_limit_s=time_limit_s, seed=seed, workers=workers)
-    found = tuple(unbundled(step, bundled) for step in answer.steps)
-    best = min(found, steps, key=_sweep_us)
-    return best, answer.status, max(0.0, 1 - answer.bound_us / _sweep_us(best)) if _sweep_us(best) else 0.0
+    bundled: Bundled, known: Draft | None, prefer: Prefer, max_steps: int | None, *, time_limit_s: float, seed: int, workers: int
+) -> Answer:
+    """CP-SAT on the bundled problem, from the best known draft."""
+    count = most_steps(bundled.problem, known.steps if known else ())
+    if max_steps is not None:
+        count = min(count, max_steps) if known else max_steps
+    model = build(bundled.problem, bundled.groups(), max_steps=min(count, len(bundled.problem.chunks)), prefer=prefer)
+    if known is not None:
+        hint(model, known)
+    return solve(model, time_limit_s=time_limit_s, seed=seed, workers=workers, prefer=prefer)
 
 
-def _sweep_us(steps: tuple[Step, ...]) -> int:
-    return sum(step.us for step in steps)
+def _gap(answer: Answer, steps: tuple[Step, ...]) -> float:
+    """How far the sweep is from the proven bound, as a share of it; 1 where nothing is proven."""
+    us = sum(step.us for step in steps)
+    proven = answer.bound_us - len(steps) * answer.step_us
+    return min(1.0, max(0.0, 1 - proven / us)) if us else 0.0
 
 
 def _is_best(problem: Problem, steps: tuple[Step, ...]) -> bool:
-    """Is this greedy plan certainly the fastest sweep, so that no solver is needed?
+    """Is this known plan certainly the best sweep, so that no solver is needed?
 
-    Any sweep has a step over the lowest segment of all chunks, and takes at least `least_us` there. A sweep of two or more
-    steps also has another step, which takes at least the cheapest `least_us` of all depths. If one step with the fastest
-    option of every segment (no slower than any other single step) is no slower than both together, nothing can beat it.
+    One step whose segments all take the fastest option of their role, and whose transfers cost nothing, is the fastest single
+    step. Any sweep of two or more has a step over the lowest segment of all chunks, and another one.
     """
-    grad_us = sum(chunk.grad_us for chunk in problem.chunks)
-    deepest = least_us(problem, min(chunk.segment for chunk in problem.chunks))
-    if _sweep_us(steps) == deepest + grad_us:
-        return True
+    if len(steps) != 1:
+        return False
+    own_us = sum(chunk.grad_us + chunk.update_us for chunk in problem.chunks)
     roles = roles_of(problem, range(len(problem.chunks)))
     fastest = sum(min(cost_us(cost, role) for cost in problem.costs(s, role)) for s, role in enumerate(roles))
-    return len(steps) == 1 and _sweep_us(steps) == fastest + grad_us <= deepest + cheapest_us(problem) + grad_us
+    more = least_us(problem, min(chunk.segment for chunk in problem.chunks)) + cheapest_us(problem)
+    return steps[0].us == fastest + own_us and fastest <= more

@@ -18,7 +18,7 @@ freed those of higher segments, which leaves `chunk.segment <= s <= chunk.first`
 slices come on top until they are added: again those of active chunks with `chunk.segment <= s <= chunk.first`.
 
 The slab holds the largest segment whose weights are away: once, or twice where its link overlaps, to fetch one while the other is in
-use. State that is away comes with `update_nbytes`; where its link overlaps, the largest `state_nbytes` of the moment is there again.
+use. State that is away comes with `update_nbytes`; where its link overlaps, `state_nbytes` is there twice, once for the next chunk.
 `update_nbytes` of a chunk whose state stays does not contain that state. Weights are fetched for their update into the slab.
 
 The bound is exact for a chain of segments; where storages are shared between segments it errs upwards, and `simulate` on the
@@ -131,6 +131,11 @@ class Kind:
             if len(set(names)) < len(names):
                 raise ValueError(f"two options of the role {role} share a name: {names}")
 
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """The options of all roles."""
+        return (*self.frozen, *self.passing, *self.active, *self.last)
+
     def options(self, role: Role) -> tuple[Cost, ...]:
         """The options of `role`."""
         match role:
@@ -164,7 +169,8 @@ class Chunk:
 
     `segment` is the lowest segment whose backward its gradient needs, `first` the highest one that emits a part of it (they
     differ for tied weights). `update_nbytes` is its optimizer state plus what the optimizer allocates while stepping it,
-    `weight_nbytes` what of it moves with the weights of its segment (0 for a weight that several segments read).
+    `weight_nbytes` what of it moves with the weights of its segment (0 for a weight that several segments read). Where several
+    chunks were joined to one, they are still updated one after the other: `joined_state_nbytes` is the largest of their states.
     """
 
     name: str
@@ -176,13 +182,19 @@ class Chunk:
     grad_us: int = 0
     update_us: int = 0
     weight_nbytes: int = 0
+    joined_state_nbytes: int | None = None
+
+    @property
+    def piece_state_nbytes(self) -> int:
+        """The state that is on the device while it is updated."""
+        return self.state_nbytes if self.joined_state_nbytes is None else self.joined_state_nbytes
 
     def __post_init__(self) -> None:
         if not 0 <= self.segment <= self.first:
             raise ValueError(f"{self.name}: needs 0 <= segment <= first, got {self.segment} and {self.first}")
         if self.grad_us < 0 or self.update_us < 0 or self.weight_nbytes < 0:
             raise ValueError(f"{self.name}: bad times or weights ({self.grad_us} us, {self.update_us} us, {self.weight_nbytes} bytes)")
-        if self.grad_nbytes <= 0 or self.state_nbytes < 0 or self.update_nbytes < self.state_nbytes:
+        if self.grad_nbytes <= 0 or self.state_nbytes < 0 or self.update_nbytes < self.piece_state_nbytes:
             raise ValueError(
                 f"{self.name}: bad sizes (gradient {self.grad_nbytes}, state {self.state_nbytes}, update {self.update_nbytes})"
             )

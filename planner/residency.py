@@ -4,55 +4,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chunkft_compile.planner.bounds import loads
-from chunkft_compile.planner.problem import Problem, Step
+from chunkft_compile.planner.grounds import Ground, settle, spread
+from chunkft_compile.planner.problem import Placement, Places, Problem, Step, Update
 
 
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """What the steps leave of the budget: during all calls, and during the updates of each step."""
+@dataclass(slots=True)
+class _Moment:
+    """An update: the chunks that are stepped one after the other, and the bytes live beside them, resident state left out."""
 
-    calls_nbytes: int
-    updates_nbytes: tuple[int, ...]
+    chunks: tuple[int, ...]
+    rest_nbytes: int
+    window_nbytes: int
 
 
-def place_state(problem: Problem, steps: Sequence[Step]) -> tuple[int, ...]:
-    """The chunks whose state stays on the device, ascending: the largest states first, since they save most transfers.
+def place_state(problem: Problem, steps: Sequence[Step], weights: tuple[Placement, ...]) -> Places:
+    """Places in which as much state stays as the steps leave room for: the largest states first, since they save most transfers.
 
     Resident state is there at every moment of every step. Only while its own chunk is updated it is not on top of the rest:
     `update_nbytes` contains it.
     """
-    room = _room(problem, steps)
-    resident: set[int] = set()
-    for index in sorted(range(len(problem.chunks)), key=lambda index: (-problem.chunks[index].state_nbytes, index)):
-        if _holds(problem, steps, room, resident | {index}):
+    away = spread(problem, weights)
+    if Placement.DEVICE not in problem.state:
+        return away
+    ground, whole = settle(problem, away), settle(problem, Places((Placement.DEVICE,) * len(problem.chunks), weights))
+    calls_nbytes = max(_calls_nbytes(ground, step) for step in steps)
+    moments = [moment for step in steps for moment in _moments(ground, step)]
+    moment_of = {index: moment for moment in moments for index in moment.chunks}
+    resident: set[int] = set(away.resident)
+    kept_nbytes = 0
+    for index in sorted(set(range(len(problem.chunks))) - resident, key=lambda index: (-problem.chunks[index].state_nbytes, index)):
+        total, own = kept_nbytes + problem.chunks[index].state_nbytes, moment_of[index]
+        window = max((whole if i in resident or i == index else ground).update_nbytes[i] for i in own.chunks)
+        others = max((m.rest_nbytes + m.window_nbytes for m in moments if m is not own), default=0)
+        if total + max(calls_nbytes, others, own.rest_nbytes + window) <= problem.budget_nbytes:
             resident.add(index)
-    return tuple(sorted(resident))
+            kept_nbytes, own.window_nbytes = total, window
+    return spread(problem, weights, resident)
 
 
-def transfer_us(problem: Problem, resident: Sequence[int]) -> int:
-    """Time per sweep to fetch and evict all other state, once each (also where the sweep has a single step), rounded up."""
-    kept = set(resident)
-    moved_nbytes = sum(2 * chunk.state_nbytes for index, chunk in enumerate(problem.chunks) if index not in kept)
-    return problem.links[-1].read_us(moved_nbytes)
+def _calls_nbytes(ground: Ground, step: Step) -> int:
+    return max(load.nbytes for load in loads(ground, step.chunks, step.options, step.update) if not load.name.startswith("update"))
 
 
-def _room(problem: Problem, steps: Sequence[Step]) -> _Room:
-    calls, updates = [], []
-    for step in steps:
-        *moments, update = loads(problem, step.chunks, step.options)
-        calls.append(problem.budget_nbytes - max(moment.nbytes for moment in moments))
-        updates.append(problem.budget_nbytes - update.static_nbytes - update.grad_nbytes)
-    return _Room(min(calls), tuple(updates))
+def _moments(ground: Ground, step: Step) -> list[_Moment]:
+    """The updates of a step as `loads` counts them, with the chunks of each."""
+    updates = [load for load in loads(ground, step.chunks, step.options, step.update) if load.name.startswith("update")]
+    if step.update is Update.HELD:
+        groups = [step.chunks]
+    else:
+        segments = sorted({ground.problem.chunks[index].segment for index in step.chunks}, reverse=True)
+        groups = [tuple(index for index in step.chunks if ground.problem.chunks[index].segment == s) for s in segments]
+    found = []
+    for load, chunks in zip(updates, groups, strict=True):
+        window = max(ground.update_nbytes[index] for index in chunks)
+        found.append(_Moment(chunks, load.nbytes - window, window))
+    return found
 
 
-def _holds(problem: Problem, steps: Sequence[Step], room: _Room, resident: set[int]) -> bool:
-    total = sum(problem.chunks[index].state_nbytes for index in resident)
-    return total <= room.calls_nbytes and all(
-        total + _largest_update(problem, step, resident) <= left for step, left in zip(steps, room.updates_nbytes, strict=True)
-    )
-
-
-def _largest_update(problem: Problem, step: Step, resident: set[int]) -> int:
-    """Bytes of the step's largest update on top of all resident state."""
-    active = ((index, problem.chunks[index]) for index in step.chunks)
-    return max(chunk.update_nbytes - (chunk.state_nbytes if index in resident else 0) for index, chunk in active)
+def transfer_us(problem: Problem, places: Places) -> int:
+    """Time per sweep on the links for all optimizer state that is away, hidden or not: there and back once."""
+    return sum(move.hidden_us + move.exposed_us for move in settle(problem, places).state_moves)

@@ -10,23 +10,26 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from tabulate import tabulate
 
+from chunkft_compile.planner.artefacts import Fingerprint, Plan
 from chunkft_compile.planner.bounds import depth_of
-from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Places, Problem, Schedule, Segment, Step
+from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, Places, Problem, Schedule, Segment, Step
 from chunkft_compile.planner.residency import transfer_us
 from chunkft_compile.planner.units import format_nbytes
 
 VERSION = 2
 
-Stored = TypeVar("Stored", Problem, Schedule)
+Stored = TypeVar("Stored", Problem, Schedule, Plan)
+
+_STORED = (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places, Plan, Fingerprint)
 
 
-def to_json(value: Problem | Schedule) -> str:
+def to_json(value: Problem | Schedule | Plan) -> str:
     """A versioned JSON text that `from_json` reads back to an equal value."""
     return json.dumps({"version": VERSION, "type": type(value).__name__, "value": asdict(value)}, indent=1) + "\n"
 
 
 def from_json(text: str, expected: type[Stored]) -> Stored:
-    """The problem or schedule in a text. Anything unknown, missing or of a wrong type is a `ValueError` that names it."""
+    """The problem, schedule or plan in a text. Anything unknown, missing or of a wrong type is a `ValueError` that names it."""
     try:
         envelope = json.loads(text)
     except json.JSONDecodeError as error:
@@ -44,7 +47,7 @@ def from_json(text: str, expected: type[Stored]) -> Stored:
 
 def _read(value: Any, wanted: Any, where: str) -> Any:
     """`value` as the type `wanted`: a dataclass of this module, a tuple of one type, or a plain value."""
-    if wanted in (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places):
+    if wanted in _STORED:
         return _read_fields(value, wanted, where)
     if isinstance(wanted, GenericAlias):  # every tuple in the IR is of the form tuple[X, ...]
         if not isinstance(value, list):
@@ -78,8 +81,8 @@ def _read_fields(value: Any, wanted: Any, where: str) -> Any:
 def format_schedule(problem: Problem, schedule: Schedule) -> str:
     """A table with a row per step, then the totals."""
     rows = [_row(problem, step, f"{number}/{len(schedule.steps)}") for number, step in enumerate(schedule.steps, 1)]
-    headers = ("step", "chunks", "trains", "segments", "depth", "options", "peak", "ms")
-    align = ("right", "right", "right", "left", "left", "left", "right", "right")
+    headers = ("step", "chunks", "trains", "segments", "depth", "options", "update", "peak", "ms")
+    align = ("right", "right", "right", "left", "left", "left", "left", "right", "right")
     table = tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
     return "\n".join([*(line.rstrip() for line in table.splitlines()), "", *_totals(problem, schedule)])
 
@@ -90,7 +93,7 @@ def _row(problem: Problem, step: Step, number: str) -> tuple[str, ...]:
     trained = compress([problem.segments[s].name for s in sorted({chunk.segment for chunk in chunks})])
     trains = format_nbytes(sum(chunk.grad_nbytes for chunk in chunks))
     peak, ms = format_nbytes(step.peak_nbytes), f"{step.us / 1e3:.1f}"
-    return number, str(len(chunks)), trains, trained, depth, _options(step.options), peak, ms
+    return number, str(len(chunks)), trains, trained, depth, _options(step.options), step.update, peak, ms
 
 
 def _options(options: Sequence[str]) -> str:
@@ -115,12 +118,18 @@ def _follows(name: str, following: str) -> bool:
 
 
 def _totals(problem: Problem, schedule: Schedule) -> list[str]:
-    kept = sum(problem.chunks[index].state_nbytes for index in schedule.resident)
-    stored = sum(chunk.state_nbytes for chunk in problem.chunks) - kept
-    moving_s = transfer_us(problem, schedule.resident) / 1e6
+    state = _by_place(schedule.places.state, [chunk.state_nbytes for chunk in problem.chunks])
+    weights = _by_place(schedule.places.weights, [segment.weight_nbytes for segment in problem.segments])
+    moving_s = transfer_us(problem, schedule.places) / 1e6
     return [
         f"{schedule.status}, gap {schedule.gap:.1%}, T = {len(schedule.steps)}, {schedule.sweep_us / 1e6:.3f} s per sweep, "
         f"peak {format_nbytes(schedule.peak_nbytes)} of {format_nbytes(schedule.budget_nbytes)}",
-        f"optimizer state: {format_nbytes(kept)} on the device, {format_nbytes(stored)} in the store "
-        f"({moving_s:.3f} s of transfers per sweep)",
+        f"optimizer state: {state} ({moving_s:.3f} s of transfers per sweep)",
+        *([f"weights that can move: {weights}"] if problem.weights != (Placement.DEVICE,) else []),
     ]
+
+
+def _by_place(places: Sequence[Placement], sizes: Sequence[int]) -> str:
+    """How much is where: `400.0 MB on the device, 1.200 GB on the disk`."""
+    there = {place: sum(nbytes for at, nbytes in zip(places, sizes, strict=True) if at is place) for place in Placement}
+    return ", ".join(f"{format_nbytes(nbytes)} on the {place}" for place, nbytes in there.items() if nbytes or place is Placement.DEVICE)

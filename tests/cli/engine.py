@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from chunkft_compile.errors import BudgetError
-from chunkft_compile.planner import Schedule, Step
+from chunkft_compile.planner import Places, Schedule, Step
 
 SMALLEST_NBYTES = 1_000_000
 SWEEP = 3
@@ -31,7 +31,7 @@ class FakeModel(nn.Module):
         self.module: Any = module
         self.calls = 0
         step = Step(chunks=(0,), options=(), peak_nbytes=budget_nbytes - 1, us=1)
-        self.schedule = Schedule(budget_nbytes, (step,) * SWEEP, (), "OPTIMAL", 0.0, 0.1)
+        self.schedule = Schedule(budget_nbytes, (step,) * SWEEP, Places((), ()), "OPTIMAL", 0.0, 0.1)
 
     @property
     def progress(self) -> Progress:

@@ -1,8 +1,12 @@
 """Problems for the planner's tests: a transformer with plausible numbers, and small random ones."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from chunkft_compile.planner.problem import Chunk, Cost, Kind, Problem, Segment
+from chunkft_compile.planner.greedy import greedy_steps
+from chunkft_compile.planner.grounds import Ground, on_device, settle, spread
+from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, Problem, Schedule, Segment, Update
 
 
 def cost(option: str, saved: int, forward_peak: int, backward_peak: int, forward_us: int, backward_us: int) -> Cost:
@@ -20,9 +24,9 @@ def kind_of(unit: int, us: int) -> Kind:
 
     def trained(share: float, backward_us: int) -> tuple[Cost, ...]:
         return (
-            cost("keep", int(12 * unit * share), 14 * unit, 4 * unit, us, backward_us),
+            cost("save", int(12 * unit * share), 14 * unit, 4 * unit, us, backward_us),
             cost("cheap", int(7 * unit * share), 14 * unit, 6 * unit, us, backward_us + us // 10),
-            cost("recompute", unit, 14 * unit, 16 * unit, us, backward_us + us),
+            cost("inputs", unit, 14 * unit, 16 * unit, us, backward_us + us),
         )
 
     frozen = (cost("plain", 0, 4 * unit, 0, us, 0),)
@@ -57,25 +61,58 @@ def transformer(
 
 
 @st.composite
-def costs(draw: st.DrawFn) -> tuple[Cost, ...]:
+def costs(draw: st.DrawFn, *, offloads: bool = False) -> tuple[Cost, ...]:
     numbers = st.tuples(*[st.integers(0, 12)] * 5)
-    return tuple(Cost(f"option {i}", *draw(numbers)) for i in range(draw(st.integers(1, 2))))
+    away = st.integers(0, 6) if offloads else st.just(0)
+    return tuple(replace(Cost(f"option {i}", *draw(numbers)), offloaded_nbytes=draw(away)) for i in range(draw(st.integers(1, 2))))
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, chunks: int = 5, segments: int = 3) -> Problem:
-    """Small random problems, many of them infeasible."""
-    kinds = [Kind(draw(costs()), draw(costs()), draw(costs()), draw(costs())) for _ in range(draw(st.integers(1, 2)))]
+def links(draw: st.DrawFn) -> tuple[Link, ...]:
+    """One or two links, slow enough to matter."""
+    speed = st.integers(200_000, 4_000_000)
+    disk = Link(Placement.DISK, draw(speed), draw(speed), None, draw(st.booleans()))
+    if draw(st.booleans()):
+        return (disk,)
+    return (Link(Placement.HOST, draw(speed), draw(speed), draw(st.integers(0, 30)), draw(st.booleans())), disk)
+
+
+def plain_ground(problem: Problem) -> Ground:
+    """All weights on the device, all state away that may be."""
+    return settle(problem, spread(problem, on_device(problem)))
+
+
+def greedy_schedule(problem: Problem) -> Schedule | None:
+    """The greedy plan as a schedule, with no more state on the device than must be."""
+    ground = plain_ground(problem)
+    steps = greedy_steps(ground)
+    return Schedule(problem.budget_nbytes, steps, ground.places, "GREEDY", 0.0, 0.0) if steps else None
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, chunks: int = 5, segments: int = 3, modes: bool = False, places: bool = False) -> Problem:
+    """Small random problems, many of them infeasible. `modes` adds updates, links and offloads, `places` state and weights that move."""
+    kinds = [Kind(*(draw(costs(offloads=modes)) for _ in range(4))) for _ in range(draw(st.integers(1, 2)))]
     count = draw(st.integers(1, segments))
+    sizes = st.integers(0, 4)
     layout = [
-        Segment(f"segment {i}", draw(st.integers(0, len(kinds) - 1)), draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+        Segment(f"segment {i}", draw(st.integers(0, len(kinds) - 1)), draw(sizes), draw(sizes), draw(sizes) if places else 0)
         for i in range(count)
     ]
     parts = []
     for i in range(draw(st.integers(1, chunks))):
         lowest, first = sorted((draw(st.integers(0, count - 1)), draw(st.integers(0, count - 1))))
         state = draw(st.integers(0, 8))
-        extra = draw(st.integers(0, 3))
-        parts.append(Chunk(f"chunk {i}", lowest, first, draw(st.integers(1, 12)), state, state + extra, draw(st.integers(0, 2))))
-    budget, static = draw(st.integers(20, 110)), draw(st.integers(0, 10))
-    return Problem(budget, static, tuple(kinds), tuple(layout), tuple(parts), draw(st.booleans()), 1_000_000)
+        update, own_us, weight = state + draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(sizes) if places and lowest == first else 0
+        parts.append(Chunk(f"chunk {i}", lowest, first, draw(st.integers(1, 12)), state, update, own_us, draw(st.integers(0, 3)), weight))
+    budget, static = draw(st.integers(20, 110)), draw(st.integers(0, 10)) + sum(segment.weight_nbytes for segment in layout)
+    problem = Problem(budget, static, tuple(kinds), tuple(layout), tuple(parts), draw(st.booleans()))
+    if modes and not problem.accumulating:
+        problem = replace(problem, updates=draw(st.sampled_from([(Update.HELD,), (Update.IMMEDIATE,), tuple(Update)])))
+    if modes or places:
+        problem = replace(problem, links=draw(links())[0 if places else -1 :])
+    there = tuple(link.placement for link in problem.links)
+    if not places:
+        return replace(problem, state=there)
+    choices = [(Placement.DEVICE,), (Placement.DEVICE, *there), there]
+    return replace(problem, state=draw(st.sampled_from(choices)), weights=draw(st.sampled_from(choices)))

@@ -1,10 +1,9 @@
 from hypothesis import given, settings
 
-from chunkft_compile.planner.greedy import greedy_steps
-from chunkft_compile.planner.limits import beats, cheapest_us, fewest_steps, least_us, most_steps, undominated
-from chunkft_compile.planner.problem import Problem, Role
-from tests.planner.brute_force import fastest_step, partitions
-from tests.planner.planner_problems import cost, problems
+from chunkft_compile.planner.limits import Capacity, beats, cheapest_us, least_us, most_steps, undominated
+from chunkft_compile.planner.problem import Cost, Problem, Role
+from tests.planner.brute_force import World, partitions
+from tests.planner.planner_problems import cost, greedy_schedule, problems
 
 
 def test_options_that_lose_everywhere_are_left_out() -> None:
@@ -13,25 +12,27 @@ def test_options_that_lose_everywhere_are_left_out() -> None:
     assert beats(fast, slow, Role.LAST)
     assert not beats(fast, small, Role.LAST)
     assert beats(slow, fast, Role.FROZEN)  # no backward, no difference
+    assert not beats(Cost("away", 0, 1, 1, 1, 1, 8), fast, Role.LAST)  # what is offloaded takes time and comes back
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems(chunks=4))
+@settings(max_examples=100, deadline=None)
+@given(problems(chunks=4, modes=True))
 def test_limits_hold_for_every_feasible_sweep(problem: Problem) -> None:
-    greedy = greedy_steps(problem)
+    greedy = greedy_schedule(problem)
     if greedy is None:
         return
-    times: dict[tuple[int, ...], int | None] = {}
+    world = World(problem, [problem.links[-1]] * len(problem.chunks), [None] * len(problem.segments))
+    capacity = Capacity(problem)
     for parts in partitions(list(range(len(problem.chunks)))):
-        keys = [tuple(part) for part in parts]
-        for key in keys:
-            times.setdefault(key, fastest_step(problem, list(key)))
-        if any(times[key] is None for key in keys):
+        times = [world.fastest_step(part) for part in parts]
+        if None in times:
             continue
-        depths = [min(problem.chunks[index].segment for index in key) for key in keys]
+        depths = [min(problem.chunks[index].segment for index in part) for part in parts]
         for s in range(len(problem.segments)):
-            assert sum(depth <= s for depth in depths) >= fewest_steps(problem, s)
-        for key, depth in zip(keys, depths, strict=True):
-            us = (times[key] or 0) - sum(problem.chunks[index].grad_us for index in key)
+            assert sum(depth <= s for depth in depths) >= capacity.fewest_steps(s)
+        for part, us, depth in zip(parts, times, depths, strict=True):
+            own = sum(problem.chunks[index].grad_us + problem.chunks[index].update_us for index in part)
+            assert us is not None
             assert us >= least_us(problem, depth) >= cheapest_us(problem)
-    assert len(greedy) <= most_steps(problem, greedy) <= len(problem.chunks)
+            assert any(link.overlaps for link in problem.links) or us >= least_us(problem, depth) + own
+    assert len(greedy.steps) <= most_steps(problem, greedy.steps) <= len(problem.chunks)

@@ -4,29 +4,36 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from chunkft_compile.planner.bounds import make_step
-from chunkft_compile.planner.problem import Chunk, Problem, Schedule, Segment
+from chunkft_compile.planner.grounds import on_device, settle, spread
+from chunkft_compile.planner.options import make_step
+from chunkft_compile.planner.problem import Chunk, Link, Placement, Problem, Schedule, Segment, Update
 from chunkft_compile.planner.schedules import compress, format_schedule, from_json, to_json
 from tests.planner.planner_problems import plain_kind, problems
 
 PROBLEM = Problem(
-    budget_nbytes=2_000_000_000,
+    budget_nbytes=2_100_000_000,
     static_nbytes=1_000_000_000,
     kinds=(plain_kind(saved=50_000_000, us=1500),),
     segments=tuple(Segment(name, 0, 0, 0) for name in ("prelude", "block 0", "block 1", "head")),
     chunks=tuple(Chunk(f"weight {s}", s, s, 100_000_000, 400_000_000, 500_000_000) for s in range(4)),
+    links=(Link(Placement.HOST, 10**10, 10**10, 10**9), Link(Placement.DISK, 10**9, 10**9)),
+    updates=tuple(Update),
 )
-STEPS = (make_step(PROBLEM, (0,), ("keep",) * 4), make_step(PROBLEM, (1, 2, 3), ("plain", "keep", "keep", "keep")))
-SCHEDULE = Schedule(PROBLEM.budget_nbytes, STEPS, (3,), "FEASIBLE", 0.0123, 0.5)
+GROUND = settle(PROBLEM, spread(PROBLEM, on_device(PROBLEM), resident={3}))
+STEPS = (
+    make_step(GROUND, (0,), ("keep",) * 4, Update.HELD),
+    make_step(GROUND, (1, 2, 3), ("plain", "keep", "keep", "keep"), Update.IMMEDIATE),
+)
+SCHEDULE = Schedule(PROBLEM.budget_nbytes, STEPS, GROUND.places, "FEASIBLE", 0.0123, 0.5)
 
 GOLDEN = """\
-  step    chunks    trains  segments         depth    options              peak    ms
-------  --------  --------  ---------------  -------  ---------------  --------  ----
-   1/2         1  100.0 MB  prelude          prelude  4 keep           1.600 GB  12.0
-   2/2         3  300.0 MB  block 0-1, head  block 0  1 plain, 3 keep  1.800 GB  10.5
+  step    chunks    trains  segments         depth    options          update         peak     ms
+------  --------  --------  ---------------  -------  ---------------  ---------  --------  -----
+   1/2         1  100.0 MB  prelude          prelude  4 keep           held       2.000 GB   92.0
+   2/2         3  300.0 MB  block 0-1, head  block 0  1 plain, 3 keep  immediate  2.050 GB  890.5
 
-FEASIBLE, gap 1.2%, T = 2, 0.022 s per sweep, peak 1.800 GB of 2.000 GB
-optimizer state: 400.0 MB on the device, 1.200 GB in the store (2.400 s of transfers per sweep)
+FEASIBLE, gap 1.2%, T = 2, 0.983 s per sweep, peak 2.050 GB of 2.100 GB
+optimizer state: 400.0 MB on the device, 800.0 MB on the host, 400.0 MB on the disk (0.960 s of transfers per sweep)
 """
 
 
@@ -40,7 +47,7 @@ def test_names_of_consecutive_segments_are_joined() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(problems())
+@given(problems(modes=True, places=True))
 def test_problems_survive_a_round_trip(problem: Problem) -> None:
     assert from_json(to_json(problem), Problem) == problem
 
@@ -52,11 +59,12 @@ def test_schedules_survive_a_round_trip() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": 2', "has version 2, this library reads version 1"),
+        ('"version": 2', '"version": 1', "has version 1, this library reads version 2"),
         ('"type": "Schedule"', '"type": "Problem"', "holds a 'Problem', expected a 'Schedule'"),
         ('"status"', '"mood"', "Schedule has the unknown field 'mood'"),
-        ('"us": 12000', '"us": "soon"', r"Schedule.steps\[0\].us must be of type int, got 'soon'"),
-        ('"us": 12000', '"us": true', r"Schedule.steps\[0\].us must be of type int, got True"),
+        ('"update": "held"', '"update": "later"', "update must be one of held, immediate, got 'later'"),
+        ('"us": 92000', '"us": "soon"', r"Schedule.steps\[0\].us must be of type int, got 'soon'"),
+        ('"us": 92000', '"us": true', r"Schedule.steps\[0\].us must be of type int, got True"),
         ('"solve_s": 0.5', '"solve_s": 0.5, "extra": 1', "unknown field 'extra'"),
         ("{", "", "this is not JSON"),
     ],

@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chunkft_compile.runtime.store import FileStore, HostStore, Store, bytes_per_s, open_store
+from chunkft_compile.planner.problem import Placement
+from chunkft_compile.runtime.store import FileStore, HostStore, Store, measure_link, open_store
 from tests.support.allocator import allocator_or_skip
 
 CPU = torch.device("cpu")
@@ -116,4 +117,8 @@ def test_a_cpu_gets_a_file_and_an_accelerator_the_host(tmp_path: Path) -> None:
 
 
 def test_speed_is_measured(tmp_path: Path) -> None:
-    assert 10**6 < bytes_per_s(CPU, tmp_path) < 10**12
+    link = measure_link(CPU, tmp_path)
+    assert link.placement is Placement.DISK
+    assert 10**6 < link.read_bytes_per_s < 10**12
+    assert 10**6 < link.write_bytes_per_s < 10**12
+    assert not link.overlaps

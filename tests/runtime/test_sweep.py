@@ -5,12 +5,12 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkft_compile.planner.problem import Schedule, Step
+from chunkft_compile.planner.problem import Places, Schedule, Step
 from chunkft_compile.runtime.sweep import Sweep
 
 
 def _schedule(steps: list[list[int]]) -> Schedule:
-    return Schedule(1, tuple(Step(tuple(sorted(step)), ("save",), 1, 1) for step in steps), (), "GREEDY", 0.0, 0.0)
+    return Schedule(1, tuple(Step(tuple(sorted(step)), ("save",), 1, 1) for step in steps), Places((), ()), "GREEDY", 0.0, 0.0)
 
 
 @st.composite

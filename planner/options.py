@@ -1,0 +1,98 @@
+"""The best options for given chunks: exact, by carrying the Pareto front of (saved bytes, time) upwards through the segments."""
+
+from collections.abc import Sequence
+
+from chunkft_compile.planner.bounds import arriving_below, depth_of, gradients_at, held_update, peak_of, roles_of, waiting_nbytes, windows
+from chunkft_compile.planner.grounds import Ground
+from chunkft_compile.planner.problem import Role, Step, Update
+from chunkft_compile.planner.times import segment_us, step_us, work_of
+
+# How many (saved bytes, time) points `choose_options` keeps per segment. Fronts of real models (a few kinds, a few options)
+# stay below it, so the choice is the fastest one; beyond it the front is thinned and the choice may be slightly slower.
+FRONT_POINTS = 96
+
+
+def make_step(ground: Ground, chunks: Sequence[int], options: Sequence[str], update: Update) -> Step:
+    """The step of these chunks and options, with its bound and its time."""
+    ordered = tuple(sorted(chunks))
+    peak = peak_of(ground, ordered, options, update)
+    return Step(ordered, tuple(options), peak, step_us(ground, ordered, options, update), update)
+
+
+def best_step(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> Step | None:
+    """The fastest step of these chunks within the budget, over the updates that the problem allows; None where none fits."""
+    found = []
+    for update in ground.problem.updates:
+        options = choose_options(ground, chunks, budget_nbytes, update)
+        if options is not None:
+            found.append(make_step(ground, chunks, options, update))
+    return min(found, key=lambda step: step.us, default=None)
+
+
+def fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> bool:
+    """Is there any choice of options and update within the budget? Exact."""
+    return any(choose_options(ground, chunks, budget_nbytes, update, points=1) is not None for update in ground.problem.updates)
+
+
+def choose_options(
+    ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Update, *, points: int = FRONT_POINTS
+) -> tuple[str, ...] | None:
+    """The fastest options with which a step of these chunks stays within the budget, or None where there are none.
+
+    Every moment of segment `s` holds the bytes saved below it plus what `s` itself needs, so two choices for the segments
+    below matter only through (saved bytes, time): the Pareto front of these pairs, carried upwards, loses no best choice. The
+    point with the fewest saved bytes is never thinned away, which makes the answer None exact for any number of `points`.
+    """
+    problem, room = ground.problem, budget_nbytes - ground.base_nbytes
+    if update is Update.HELD and held_update(ground, chunks).nbytes > budget_nbytes:
+        return None
+    gradients, depth, work = gradients_at(problem, chunks, update), depth_of(problem, chunks), work_of(ground, chunks, update)
+    window = windows(ground, chunks) if update is Update.IMMEDIATE else [-1] * len(problem.segments)
+    waiting = waiting_nbytes(problem, chunks)
+    front: list[_Point] = [(0, 0, None)]
+    for s, role in enumerate(roles_of(problem, chunks)):
+        segment = problem.segments[s]
+        below = room - waiting - segment.entry_nbytes
+        leaving = room - segment.arriving_nbytes - gradients[s]
+        if window[s] >= 0:
+            updating = room - gradients[s] - window[s] - arriving_below(problem, s, depth)
+            front = [point for point in front if point[0] <= updating]
+        grown: list[_Point] = []
+        for cost in problem.costs(s, role):
+            most = below - cost.forward_peak_nbytes
+            if role is not Role.FROZEN:
+                most = min(most, leaving - cost.saved_nbytes - cost.backward_peak_nbytes - cost.offloaded_nbytes)
+            us = segment_us(ground, s, cost, role, work)
+            grown += [(p[0] + cost.saved_nbytes, p[1] + us, (p[2], cost.option)) for p in front if p[0] <= most]
+        front = _thinned(_pareto(grown), points)
+        if not front:
+            return None
+    return _names(front[-1][2])
+
+
+_Link = tuple["_Link | None", str]
+_Point = tuple[int, int, _Link | None]  # saved bytes, microseconds, the names chosen so far
+
+
+def _pareto(points: list[_Point]) -> list[_Point]:
+    """More saved bytes only where they buy time: ascending bytes, descending time."""
+    kept: list[_Point] = []
+    for point in sorted(points, key=lambda point: point[:2]):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def _thinned(front: list[_Point], points: int) -> list[_Point]:
+    """At most `points` of a front, evenly spread, the one with the fewest bytes always among them."""
+    if len(front) <= points:
+        return front
+    return [front[0]] if points == 1 else [front[i * (len(front) - 1) // (points - 1)] for i in range(points)]
+
+
+def _names(link: _Link | None) -> tuple[str, ...]:
+    names: list[str] = []
+    while link is not None:
+        link, name = link
+        names.append(name)
+    return tuple(reversed(names))

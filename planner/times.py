@@ -1,0 +1,51 @@
+"""The one place where the time of a step is computed: NOTE [time of a step] in `problem`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chunkft_compile.planner.bounds import costs_of, roles_of
+from chunkft_compile.planner.grounds import NO_TRANSFER, Ground, Transfer, offload
+from chunkft_compile.planner.problem import Cost, Role, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the chunks of a step add to the backward of each segment, and the HELD update of all of them in microseconds."""
+
+    compute_us: tuple[int, ...]
+    transfers: tuple[Transfer, ...]
+    held_us: int
+
+
+def work_of(ground: Ground, chunks: Sequence[int], update: Update) -> Work:
+    """The share of chunks in the time of a step."""
+    count = len(ground.problem.segments)
+    compute, transfers = [0] * count, [NO_TRANSFER] * count
+    update_us, moves = 0, NO_TRANSFER
+    for index in chunks:
+        chunk = ground.problem.chunks[index]
+        compute[chunk.segment] += chunk.grad_us
+        if update is Update.IMMEDIATE:
+            compute[chunk.segment] += chunk.update_us
+            transfers[chunk.segment] += ground.state_moves[index] + ground.weight_out[index]
+        else:
+            update_us += chunk.update_us
+            moves += ground.state_moves[index] + ground.weight_in[index] + ground.weight_out[index]
+    return Work(tuple(compute), tuple(transfers), moves.with_compute(update_us))
+
+
+def segment_us(ground: Ground, segment: int, cost: Cost, role: Role, work: Work) -> int:
+    """Forward and, unless frozen, backward of one segment with one option."""
+    out, back = offload(ground.problem, cost.offloaded_nbytes)
+    us = (ground.fetch[segment] + out).with_compute(cost.forward_us)
+    if role is Role.FROZEN:
+        return us
+    transfers = ground.fetch[segment] + back + work.transfers[segment]
+    return us + transfers.with_compute(cost.backward_us + work.compute_us[segment])
+
+
+def step_us(ground: Ground, chunks: Sequence[int], options: Sequence[str], update: Update) -> int:
+    """The time of a step in microseconds."""
+    work = work_of(ground, chunks, update)
+    roles, costs = roles_of(ground.problem, chunks), costs_of(ground.problem, chunks, options)
+    return work.held_us + sum(segment_us(ground, s, cost, role, work) for s, (cost, role) in enumerate(zip(costs, roles, strict=True)))
