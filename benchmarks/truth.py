@@ -4,8 +4,8 @@
     python -m benchmarks.truth --model gpt2 --fraction 0.05 --rounds 20
 
 Each case is one model in one budget, `smallest + fraction x (plain - smallest)`. The same model is trained under the solver's schedule, the
-greedy one, an equal-byte cut in parameter order and groups of whole layers, each the fewest steps that fit the budget, each with
-the fastest options and the optimizer state placed by the planner. All are in one process and take turns sweep by sweep, in another order
+greedy one, an equal-byte cut along the segments and groups of whole segments, each in the fewest steps that fit the budget, with the
+fastest options and the optimizer state placed by the planner. All are in one process and take turns sweep by sweep, in another order
 every round, after one sweep each that is not counted. `predicted` is the quotient of the predicted times of a sweep, `measured` that of the
 medians of CPU seconds (`time.process_time`), both relative to the solver's schedule: above 1 the solver's is faster. The solver's schedule
 runs a second time as a contestant of its own: its distance from 1 is the noise. Rows appear on stderr as they are measured.
@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 from tabulate import tabulate
@@ -32,8 +33,8 @@ SOLVER, AGAIN = "solver", "solver, again"
 FASTER, SLOWER, EQUAL = "solver faster", "solver slower", "no difference"
 OTHERS: dict[str, Callable[[Problem], Schedule | None]] = {
     "greedy": schedules.greedy,
-    "equal-byte cut": schedules.equal_cut,
-    "whole layers": schedules.whole_layers,
+    "equal bytes": partial(schedules.by_method, name="equal-bytes"),
+    "whole segments": partial(schedules.by_method, name="whole-segments"),
 }
 
 
