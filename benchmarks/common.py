@@ -4,14 +4,20 @@ import datetime
 import multiprocessing
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+import chunkft_compile
+
+UPDATES = ("held", "auto", "immediate")
+"""What `compile` may choose for the updates of a step; see `chunkft_compile.compile`."""
 
 Batch = dict[str, torch.Tensor]
 Arguments = ParamSpec("Arguments")
@@ -24,6 +30,19 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:
     torch.autograd.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def compile_model(model: nn.Module, budget: str | int, update: str = "held") -> chunkft_compile.ChunkedModule:
+    """`chunkft_compile.compile`; HELD updates are its default and are not asked for."""
+    options: dict[str, Any] = {} if update == "held" else {"update": update}
+    return chunkft_compile.compile(model, budget=budget, **options)
+
+
+def cpu_seconds(call: Callable[[], None]) -> float:
+    """CPU time of a call, of all threads of this process."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def run_alone(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -12,150 +12,34 @@ the plain step starts is booked on the plain step.
 
 import argparse
 import json
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import fmean
 
 import torch
 from tabulate import tabulate
-from torch import nn
-from torch.optim import AdamW, Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import chunkft_compile
-from benchmarks.common import Batch, circumstances, mb, run_alone, train_step
-from tests.support.allocator import install
-
-VOCABULARY, ROWS, TOKENS = 32000, 2, 256
+from benchmarks.common import UPDATES, circumstances, mb, run_alone
+from benchmarks.contestants import PLAIN
+from benchmarks.llama import describe
+from benchmarks.trials import Entry, Peak, Refusal, Times, measure_peak, measure_times
+from chunkft_compile.budget import parse_budget
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What both contestants train, and what ours is allowed."""
-
-    layers: int
-    budget: str
-    fused: bool
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes live at the worst moment of a whole sweep; `start_nbytes` is the same for what came before, planning included."""
-
-    measured_nbytes: int
-    predicted_nbytes: int
-    start_nbytes: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Times:
-    """CPU seconds of each measured step; ours are one sweep."""
-
-    ours: list[float]
-    plain: list[float]
-
-
-def build_model(layers: int) -> nn.Module:
-    """An untied fp32 Llama with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.train()
-
-
-def build_batch() -> Batch:
-    """Random tokens, to be predicted from those before them."""
-    ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
-    return {"input_ids": ids, "labels": ids}
-
-
-def build_plain(load: Workload) -> tuple[nn.Module, Optimizer]:
-    """The baseline: every parameter at every step."""
-    model = build_model(load.layers)
-    return model, AdamW(model.parameters(), lr=1e-5, fused=True)
-
-
-def build_ours(load: Workload) -> tuple[chunkft_compile.ChunkedModule, Optimizer]:
-    """The same model, compiled."""
-    model = chunkft_compile.compile(build_model(load.layers), budget=load.budget)
-    return model, AdamW(model.parameters(), lr=1e-5, fused=load.fused)
-
-
-def warm_up(model: chunkft_compile.ChunkedModule, optimizer: Optimizer, batch: Batch) -> int:
-    """Train the first sweep; the number of its steps, known once the first call has planned."""
-    train_step(model, optimizer, batch)
-    steps = model.progress.steps
-    for _ in range(steps - 1):
-        train_step(model, optimizer, batch)
-    return steps
-
-
-def peak_of_plain(load: Workload) -> int:
-    """Measured alone; the second step is the first with all optimizer state."""
-    hook = install()
-    model, optimizer = build_plain(load)
-    batch = build_batch()
-    train_step(model, optimizer, batch)
-    hook.reset()
-    train_step(model, optimizer, batch)
-    return hook.peak()
-
-
-def peak_of_ours(load: Workload) -> tuple[Peak, int]:
-    """Measured alone; also what the planner computes for plain AdamW."""
-    hook = install()
-    model, optimizer = build_ours(load)
-    batch = build_batch()
-    steps = warm_up(model, optimizer, batch)
-    start_nbytes = hook.peak()
-    hook.reset()
-    for _ in range(steps):
-        train_step(model, optimizer, batch)
-    peak = Peak(hook.peak(), model.plan(**batch).peak_nbytes, start_nbytes, steps)
-    return peak, model.plain_peak_nbytes(**batch)
-
-
-def time_both(load: Workload) -> Times:
-    """Interleaved in one process."""
-    ours, plain = build_ours(load), build_plain(load)
-    batch = build_batch()
-    train_step(*plain, batch)
-    times = Times([], [])
-    for _ in range(warm_up(*ours, batch)):
-        times.ours.append(_cpu_seconds(lambda: train_step(*ours, batch)))
-        times.plain.append(_cpu_seconds(lambda: train_step(*plain, batch)))
-    return times
-
-
-def _cpu_seconds(call: Callable[[], None]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def _table(load: Workload, plain_nbytes: int, plain_predicted_nbytes: int, peak: Peak, times: Times) -> str:
-    ours_s, plain_s = fmean(times.ours), fmean(times.plain)
+def _table(entry: Entry, plain: Peak, ours: Peak, times: Times) -> str:
+    ours_s, plain_s = fmean(times.own_s), fmean(times.plain_s)
+    predicted, plain_predicted = ours.predicted_nbytes, ours.plain_predicted_nbytes
+    assert predicted is not None, "ours predicts its peak"
+    assert plain_predicted is not None, "and that of plain training"
     rows = [
-        ("plain AdamW(fused=True)", mb(plain_nbytes), "1.000", f"{plain_s:.2f}", "1.00", 1, mb(plain_predicted_nbytes)),
+        ("plain AdamW(fused=True)", mb(plain.nbytes), "1.000", f"{plain_s:.2f}", "1.00", 1, mb(plain_predicted)),
         (
-            f"chunkft_compile, {load.budget}{', fused' if load.fused else ''}",
-            mb(peak.measured_nbytes),
-            f"{peak.measured_nbytes / plain_nbytes:.3f}",
+            f"{entry.name}{', fused' if entry.fused else ''}",
+            mb(ours.nbytes),
+            f"{ours.nbytes / plain.nbytes:.3f}",
             f"{ours_s:.2f}",
-            f"{ours_s / plain_s:.2f}",
-            peak.steps,
-            mb(peak.predicted_nbytes),
+            f"{times.ratio:.2f}",
+            ours.steps,
+            mb(predicted),
         ),
     ]
     headers = ("method", "peak MB", "x bytes", "CPU s/step", "x time", "T", "predicted MB")
@@ -167,23 +51,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="880MB", help="budget of the compiled model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default: %(default)s)")
+    parser.add_argument("--update", choices=UPDATES, default="held", help="when gradients are applied (default: %(default)s)")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for the compiled model too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args()
-    load = Workload(options.layers, options.budget, options.fused)
+    budget_nbytes = parse_budget(options.budget, torch.device("cpu"))
+    name = f"chunkft_compile, {options.budget}{'' if options.update == 'held' else f', {options.update}'}"
+    entry = Entry(name, options.layers, budget_nbytes, options.update, options.fused)
 
-    plain_nbytes = run_alone(peak_of_plain, load)
-    peak, plain_predicted_nbytes = run_alone(peak_of_ours, load)
-    times = run_alone(time_both, load)
-    where = circumstances(f"Llama {load.layers} x 768, vocabulary {VOCABULARY}, fp32, batch {ROWS} x {TOKENS}")
+    plain, ours = run_alone(measure_peak, Entry(PLAIN, options.layers)), run_alone(measure_peak, entry)
+    if isinstance(ours, Refusal):
+        parser.exit(2, f"{name}: {ours}\n")
+    assert isinstance(plain, Peak), "plain training has no budget"
+    times, where = run_alone(measure_times, entry, 1), circumstances(describe(options.layers))
     if options.json:
-        plain = {"measured_nbytes": plain_nbytes, "predicted_nbytes": plain_predicted_nbytes}
-        print(json.dumps({"workload": asdict(load), "plain": plain, "ours": asdict(peak), "cpu_s": asdict(times), "where": where}))
+        print(json.dumps({"entry": asdict(entry), "plain": asdict(plain), "ours": asdict(ours), "times": asdict(times), "where": where}))
         return
-    print(_table(load, plain_nbytes, plain_predicted_nbytes, peak, times))
-    sweep_s, plain_s = sum(times.ours), fmean(times.plain)
-    print(f"\nEvery parameter trained once: {sweep_s:.1f} CPU s ({peak.steps} steps), plain AdamW {plain_s:.1f} s (1 step).")
-    print(f"Peak before the measured sweep, planning included: {mb(peak.start_nbytes)} MB.")
+    print(_table(entry, plain, ours, times))
+    sweep_s, plain_s = sum(times.own_s), fmean(times.plain_s)
+    print(f"\nEvery parameter trained once: {sweep_s:.1f} CPU s ({ours.steps} steps), plain AdamW {plain_s:.1f} s (1 step).")
+    print(f"Peak before the measured sweep, planning included: {mb(ours.start_nbytes)} MB.")
     print(where)
 
 

@@ -32,6 +32,7 @@ class Footprint:
         self._calls = [node for node in nodes if node.op == "call_function"]
         self._storages = {node: storages(node.meta.get("val")) for node in nodes if node.op != "output"}
         self._arguments = [node for node in nodes if node.op == "placeholder" and self._storages[node]]
+        self._constants = [node for node in nodes if node.op == "get_attr"]  # the graph's module holds them, before and after
         self._results = [node for node in nodes[-1].args[0] if isinstance(node, fx.Node)]
         self._last: dict[fx.Node, fx.Node] = {}
         for node in self._calls:
@@ -66,10 +67,11 @@ class Footprint:
 
     def _walk(self, freed: frozenset[int], temporary: Callable[[fx.Node], int], gradients: frozenset[int]) -> int:
         ignored = {storage for i in gradients for storage in self._storages[self._results[i]]}
-        kept = {storage for storage, group in self._groups.items() if group not in freed} | ignored
+        constants = {storage for node in self._constants for storage in self._storages[node]}
+        kept = {storage for storage, group in self._groups.items() if group not in freed} | ignored | constants
         references: dict[int, int] = {}
         nbytes: dict[int, int] = {}
-        for node in self._arguments:
+        for node in (*self._arguments, *self._constants):
             for storage, size in self._storages[node].items():
                 references[storage] = references.get(storage, 0) + 1
                 nbytes[storage] = size

@@ -66,6 +66,15 @@ def test_an_argument_that_is_not_freed_does_not_count() -> None:
     assert found.transient_nbytes(NOTHING, _no_temporary) == found.transient_nbytes(BOTH, _no_temporary) == KIB
 
 
+def test_a_constant_of_the_graph_is_there_all_the_time() -> None:
+    tiny = Tiny()
+    constant = tiny.graph.get_attr("table")
+    with tiny.mode:
+        constant.meta["val"] = torch.empty(256)
+    a = tiny.call(aten.add.Tensor, tiny.x[0], constant)
+    assert tiny.footprint(tiny.call(aten.neg.default, a)).transient_nbytes(NOTHING, _no_temporary) == 2 * KIB
+
+
 def test_freed_arguments_make_room_for_what_follows() -> None:
     tiny = Tiny(2)
     a = tiny.call(aten.add.Tensor, tiny.x[0], tiny.x[1])

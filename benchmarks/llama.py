@@ -1,0 +1,43 @@
+"""The benchmark model: an untied fp32 Llama with random weights, 134M parameters in 12 layers, and its batch."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import Batch
+
+HIDDEN, VOCABULARY, ROWS, TOKENS = 768, 32000, 2, 256
+
+
+def build_model(layers: int, *, checkpointing: bool = False) -> nn.Module:
+    """The model in training mode, with the same weights every time; transformers' own checkpointing of each block if wanted."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=HIDDEN,
+        intermediate_size=2048,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    if checkpointing:
+        # Named gradient_checkpointing_enable before transformers 5.24. It also makes the output of a frozen embedding require a gradient,
+        # which only reentrant checkpointing needs: backward would run down to it, and rotation would lose its early stop.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
+    trained: nn.Module = model.train()
+    return trained
+
+
+def build_batch() -> Batch:
+    """Random tokens, to be predicted from those before them: [ROWS, TOKENS]."""
+    ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
+    return {"input_ids": ids, "labels": ids}
+
+
+def describe(layers: int) -> str:
+    """The workload, for the line of circumstances."""
+    return f"Llama {layers} x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch {ROWS} x {TOKENS}"

@@ -1,0 +1,105 @@
+"""One contestant measured: its peak alone in a process, its time beside plain AdamW in the same process."""
+
+import time
+from dataclasses import dataclass
+from math import ceil
+from statistics import fmean
+
+import chunkft_compile
+from benchmarks.common import cpu_seconds, mb
+from benchmarks.contestants import PLAIN, RIVALS, Ours, Trainer
+from benchmarks.llama import build_batch
+from tests.support.allocator import install
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant on a model of `layers` blocks: one of `RIVALS`, or with a budget, ours."""
+
+    name: str
+    layers: int
+    budget_nbytes: int = 0
+    update: str = "held"
+    fused: bool = True
+
+    def build(self) -> Trainer:
+        """Its model, optimizers and loop."""
+        return (
+            Ours(self.layers, self.budget_nbytes, self.update, fused=self.fused) if self.budget_nbytes else RIVALS[self.name](self.layers)
+        )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes live at the worst moment of a sweep of `steps`; `start_nbytes` is the same for all that came before it, planning included.
+
+    For ours: what was predicted for it, and for plain training with the same optimizer.
+    """
+
+    nbytes: int
+    start_nbytes: int
+    steps: int
+    predicted_nbytes: int | None = None
+    plain_predicted_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """CPU seconds of each step of whole sweeps, those of the plain step after each, and the wall time of the former together."""
+
+    own_s: list[float]
+    plain_s: list[float]
+    wall_s: float
+
+    @property
+    def ratio(self) -> float:
+        """CPU time of a step, in plain steps."""
+        return fmean(self.own_s) / fmean(self.plain_s)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """No plan fits the budget."""
+
+    smallest_nbytes: int
+
+    def __str__(self) -> str:
+        return f"refused: the smallest budget is {mb(self.smallest_nbytes)} MB"
+
+
+def measure_peak(entry: Entry) -> Peak | Refusal:
+    """One sweep to make all optimizer state, and one that is measured. Must have its process for itself."""
+    hook = install()
+    trainer, batch = entry.build(), build_batch()
+    try:
+        trainer.step(batch)
+    except chunkft_compile.BudgetError as error:
+        return Refusal(error.smallest_nbytes)
+    steps = trainer.steps
+    for _ in range(steps - 1):
+        trainer.step(batch)
+    start_nbytes = hook.peak()
+    hook.reset()
+    for _ in range(steps):
+        trainer.step(batch)
+    nbytes = hook.peak()
+    if not isinstance(trainer, Ours):
+        return Peak(nbytes, start_nbytes, steps)
+    return Peak(nbytes, start_nbytes, steps, trainer.model.plan(**batch).peak_nbytes, trainer.model.plain_peak_nbytes(**batch))
+
+
+def measure_times(entry: Entry, least_steps: int) -> Times:
+    """Whole sweeps of at least `least_steps` steps after a first sweep, each step followed by a plain one."""
+    trainer, plain, batch = entry.build(), RIVALS[PLAIN](entry.layers), build_batch()
+    plain.step(batch)
+    trainer.step(batch)
+    steps = trainer.steps
+    for _ in range(steps - 1):
+        trainer.step(batch)
+    own_s, plain_s, wall_s = [], [], 0.0
+    for _ in range(steps * ceil(least_steps / steps)):
+        start = time.perf_counter()
+        own_s.append(cpu_seconds(lambda: trainer.step(batch)))
+        wall_s += time.perf_counter() - start
+        plain_s.append(cpu_seconds(lambda: plain.step(batch)))
+    return Times(own_s, plain_s, wall_s)
