@@ -72,7 +72,7 @@ def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
     """
     weights = storage_nbytes([*model.parameters(), *model.buffers()])
     room = max(1, (budget_nbytes - weights) // 24)
-    return max(2 ** (room.bit_length() - 1), weights // 512)
+    return max(1 << (room.bit_length() - 1), weights // 512)
 
 
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -88,7 +88,7 @@ def with_blocks(mode: FakeTensorMode, block_nbytes: int) -> FakeTensorMode:
 
 def allocated_nbytes(tensor: torch.Tensor) -> int:
     """Bytes that the allocator of its device counts for the storage of a (fake) tensor."""
-    nbytes: int = tensor.untyped_storage().nbytes()
+    nbytes = tensor.untyped_storage().nbytes()
     usual = 1 if tensor.device.type in ("cpu", "meta") else BLOCK_NBYTES
-    block: int = getattr(tensor.fake_mode, _BLOCKS, usual) if isinstance(tensor, FakeTensor) else usual
+    block = int(getattr(tensor.fake_mode, _BLOCKS, usual)) if isinstance(tensor, FakeTensor) else usual
     return -(-nbytes // block) * block
