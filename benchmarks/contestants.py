@@ -14,8 +14,8 @@ from torch.optim import Adafactor, AdamW, Optimizer
 import chunkft_compile
 from benchmarks.common import Batch, compile_model, train_step
 from benchmarks.llama import build_model
-from chunkft_compile.runtime.store import open_store
 from chunkft_compile.runtime.moving import StateMover
+from chunkft_compile.runtime.store import open_store
 
 LEARNING_RATE = 1e-5
 

@@ -43,13 +43,17 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Assembled:
-    """A program, the codes that its instructions index, where its outside values come from, and gradients computed whole."""
+    """A program, the codes that its instructions index, where its outside values come from, and gradients computed whole.
+
+    `nodes` says for each value which node of the joint graph it is (rows of it, for a gradient slice).
+    """
 
     program: Program
     codes: tuple[Code, ...]
     bindings: dict[int, fx.Node]
     outputs: dict[fx.Node, int]
     dense: tuple[str, ...]
+    nodes: dict[int, fx.Node]
 
 
 @dataclass
@@ -74,12 +78,13 @@ def assemble(
     link: Link | None = None,
 ) -> Assembled:
     """The program that trains `chunks` with the given option for each segment. `link` gives the time of moving saved values."""
-    demands = propagate(lowering, chunks, [lowered_option(option) for option in options])
+    lowered = [lowered_option(option) for option in options]
+    demands = propagate(lowering, chunks, lowered)
     dense = _dense(lowering, chunks, demands)
     writer = _Writer(lowering)
-    writer.forwards(demands, options)
+    writer.forwards(demands, lowered)
     writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
-    writer.offload([number for number, option in enumerate(options) if option != lowered_option(option)])
+    writer.offload([number for number, option in enumerate(options) if option != lowered[number]])
     writer.finish(costs, link)
     held = tuple(writer.held())
     program = Program(
@@ -94,7 +99,8 @@ def assemble(
         update.when,
     )
     outputs = {node: writer.ids[node, None] for node in _results(lowering)}
-    return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense)
+    nodes = {value: key[0] for key, value in writer.ids.items()}
+    return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense, nodes)
 
 
 def _results(lowering: Lowering) -> list[fx.Node]:

@@ -20,19 +20,20 @@ from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
-from chunkft_compile.segments import cut
+from chunkft_compile.segments import Segment, cut
 from chunkft_compile.updating import lowest_readers
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What does not depend on the batch: the chunks, the optimizer's costs, the store's speed, the budget, when to update."""
+    """What does not depend on the batch: the chunks, the optimizer's costs, the store's speed, the budget, when to update, the device."""
 
     budget_nbytes: int
     chunks: tuple[Chunk, ...]
     optimizer: OptimizerCost
     link: Link
     updates: tuple[When, ...] = (When.HELD,)
+    device: str = "cpu"
 
     def state_nbytes(self, number: int) -> int:
         """Optimizer state of a chunk that can leave the device."""
@@ -45,10 +46,11 @@ class Setting:
 
 
 class Compiled:
-    """One captured signature. `fixed_nbytes` live throughout a step: see `fixed_nbytes()`."""
+    """One captured signature. `fixed_nbytes` live throughout a step: see `fixed_nbytes()`. `inputs` describes the batch, leaf by leaf."""
 
-    def __init__(self, capture: Capture, fixed_nbytes: int, costs: Costs, setting: Setting) -> None:
+    def __init__(self, capture: Capture, fixed_nbytes: int, costs: Costs, setting: Setting, inputs: tuple[str, ...] = ()) -> None:
         self.capture = capture
+        self.inputs = inputs
         self.setting = setting
         self.base_nbytes = fixed_nbytes + setting.counter_nbytes
         self._fixed_nbytes = fixed_nbytes
@@ -59,7 +61,16 @@ class Compiled:
 
     def under(self, setting: Setting) -> "Compiled":
         """The same signature with other chunks."""
-        return Compiled(self.capture, self._fixed_nbytes, self._costs, setting)
+        return Compiled(self.capture, self._fixed_nbytes, self._costs, setting, self.inputs)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments of its joint graph."""
+        return self._lowering.segments
+
+    def temporary_nbytes(self, node: fx.Node) -> int:
+        """Bytes that an operator takes and gives back while it runs."""
+        return self._costs.temporary_nbytes(node)
 
     def rows(self, number: int) -> Rows:
         """A chunk as assembly wants it."""

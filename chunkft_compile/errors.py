@@ -1,9 +1,10 @@
 """Errors a user can meet. Each says what is wrong, where, and what to do about it."""
 
+from chunkft_compile.planner.artefacts import PlanMismatch
 from chunkft_compile.planner.problem import BudgetError
 from chunkft_compile.runtime.applied import TrainingError
 
-__all__ = ["BudgetError", "CaptureError", "TrainingError"]
+__all__ = ["BudgetError", "CaptureError", "PlanMismatch", "TrainingError"]
 
 
 class CaptureError(RuntimeError):

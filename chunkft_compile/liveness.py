@@ -4,7 +4,7 @@ Checked against an allocator hook: equal to the byte for the graphs of this pack
 known (`costs.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,10 +62,24 @@ class Footprint:
         """
         key = (freed, gradients)
         if key not in self._cache:
-            self._cache[key] = self._walk(freed, temporary, gradients)
+            self._cache[key] = max((live + temporary(node) for node, live, _ in self._walk(freed, gradients)), default=0)
         return self._cache[key]
 
-    def _walk(self, freed: frozenset[int], temporary: Callable[[fx.Node], int], gradients: frozenset[int]) -> int:
+    def live_at_peak(self, freed: frozenset[int], temporary: Callable[[fx.Node], int]) -> list[tuple[fx.Node, int]]:
+        """The calls whose results are live at the fullest moment, with the bytes behind them; the call at work has its temporaries too."""
+        peak, found = -1, list[tuple[fx.Node, int]]()
+        makers: dict[int, fx.Node] = {}
+        for node, live, present in self._walk(freed, frozenset()):
+            for storage in self._storages[node]:
+                makers.setdefault(storage, node)
+            if live + temporary(node) > peak:
+                peak = live + temporary(node)
+                found = [(makers[storage], size) for storage, size in present.items() if storage in makers]
+                found += [(node, temporary(node))] if temporary(node) else []
+        return found
+
+    def _walk(self, freed: frozenset[int], gradients: frozenset[int]) -> Iterator[tuple[fx.Node, int, dict[int, int]]]:
+        """Every call with the bytes live in it, and the storages they are in (changed from call to call)."""
         ignored = {storage for i in gradients for storage in self._storages[self._results[i]]}
         constants = {storage for node in self._constants for storage in self._storages[node]}
         kept = {storage for storage, group in self._groups.items() if group not in freed} | ignored | constants
@@ -76,14 +90,14 @@ class Footprint:
                 references[storage] = references.get(storage, 0) + 1
                 nbytes[storage] = size
         results = set(self._results)
-        live = peak = 0
+        live, present = 0, dict[int, int]()
         for node in self._calls:
             for storage, size in self._storages[node].items():
                 references[storage] = references.get(storage, 0) + 1
                 if references[storage] == 1 and storage not in kept:
-                    nbytes[storage] = size
+                    nbytes[storage] = present[storage] = size
                     live += size
-            peak = max(peak, live + temporary(node))
+            yield node, live, present
             dead = [source for source in node.all_input_nodes if self._last[source] is node and source not in results]
             if node not in self._last and node not in results:
                 dead.append(node)
@@ -92,4 +106,4 @@ class Footprint:
                     references[storage] -= 1
                     if references[storage] == 0 and storage not in kept:
                         live -= nbytes[storage]
-        return peak
+                        present.pop(storage, None)

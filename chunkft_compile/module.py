@@ -1,6 +1,7 @@
 """`ChunkedModule`: the user's model, trained chunk by chunk under a byte budget."""
 
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from chunkft_compile.assembly import Assembled
 from chunkft_compile.budget import parse_budget
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.planner import Problem, Schedule, Update
+from chunkft_compile.planner import Plan, Prefer, Problem, Schedule, Update, to_json
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.session import Options, Session
+from chunkft_compile.solving import Solving, kept, read_plan
 
 _UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
 
@@ -35,12 +37,15 @@ class Progress(NamedTuple):
 
 def compile(
     model: nn.Module,
-    budget: str | int,
+    budget: str | int | None = None,
     *,
+    schedule: str | Path | Plan | None = None,
     accumulation: bool = False,
     update: Literal["held", "auto", "immediate"] = "held",
     outputs: Literal["loss", "all"] = "loss",
     store: str | Path | None = None,
+    prefer: Prefer = "time",
+    max_steps: int | None = None,
     solve_seconds: float = 5.0,
     seed: int = 0,
 ) -> "ChunkedModule":
@@ -55,13 +60,20 @@ def compile(
     "immediate" inside backward, each as soon as it is complete, which frees it at once (`optimizer.step()` is still called, after
     every backward); "auto" leaves it to the planner, step by step. `outputs="all"` keeps every output of the model through the
     backward, not only the loss. `store` is a directory for the optimizer state of inactive chunks (on a CPU; the default is the
-    system's temporary directory). `solve_seconds` and `seed` go to the solver.
+    system's temporary directory). The planner looks for the fastest sweep, or with `prefer="fresh"` for the one with the fewest steps, and
+    for no more than `max_steps` if given; `solve_seconds` and `seed` go to the solver.
+
+    `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
+    every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
 
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
     is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
     nothing to train, and for accumulation with immediate updates.
     """
     device = _device_of(model)
+    plan = read_plan(schedule) if schedule is not None else None
+    if plan is not None:
+        accumulation, update = accumulation or plan.fingerprint.accumulating, _update_of(plan)
     if outputs not in ("loss", "all"):
         raise ValueError(f'outputs is "loss" or "all", not {outputs!r}')
     if update not in _UPDATES:
@@ -71,9 +83,32 @@ def compile(
             'accumulation=True adds up the gradients of several backwards, and update="immediate" applies each one alone; '
             'choose accumulation=False or update="held"'
         )
+    if prefer not in ("time", "fresh"):
+        raise ValueError(f'prefer is "time" or "fresh", not {prefer!r}')
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps is at least 1, not {max_steps}")
     directory = Path(store) if store is not None else None
-    options = Options(parse_budget(budget, device), accumulation, outputs == "loss", directory, solve_seconds, seed, _UPDATES[update])
+    solving = Solving(solve_seconds, seed, prefer, max_steps)
+    options = Options(_budget(budget, plan, device), accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan)
     return ChunkedModule(model, options)
+
+
+def _budget(budget: str | int | None, plan: Plan | None, device: torch.device) -> int:
+    """The budget of the plan, or the one given; both only if they agree."""
+    if plan is None:
+        if budget is None:
+            raise ValueError('compile needs a budget, or a schedule that has one: compile(model, budget="14GB")')
+        return parse_budget(budget, device)
+    planned = plan.schedule.budget_nbytes
+    if budget is not None and parse_budget(budget, device) != planned:
+        raise ValueError(f"the budget {budget!r} is not that of the schedule, {planned} bytes; leave budget out, or plan for it")
+    return planned
+
+
+def _update_of(plan: Plan) -> Literal["held", "auto", "immediate"]:
+    """The `update` that allows what the plan's problem allowed."""
+    allowed = set(plan.problem.updates)
+    return "auto" if len(allowed) > 1 else "held" if Update.HELD in allowed else "immediate"
 
 
 class ChunkedModule(nn.Module):
@@ -133,6 +168,22 @@ class ChunkedModule(nn.Module):
     def store_nbytes(self) -> int:
         """Bytes of optimizer state and saved values in the store."""
         return self._session.store.nbytes
+
+    def save_schedule(self, path: str | Path) -> None:
+        """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
+
+        Raises `TrainingError` before there is a plan.
+        """
+        session = self._session
+        schedule = session.planned.schedule
+        assert session.latest is not None, "a plan belongs to a signature"
+        text, target = to_json(kept(session.latest, schedule, accumulating=session.accumulating)), Path(path)
+        new = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            new.write_text(text, encoding="utf-8")
+            new.replace(target)
+        finally:
+            new.unlink(missing_ok=True)
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
         """Capture and solve for a batch of this shape without training. Same arguments as a training call."""

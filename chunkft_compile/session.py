@@ -19,7 +19,7 @@ from chunkft_compile.capture import capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import BudgetError, TrainingError
-from chunkft_compile.planner import Problem, Step, Update, budget_error, plan, smallest_budget
+from chunkft_compile.planner import Plan, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
@@ -30,6 +30,7 @@ from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
 from chunkft_compile.runtime.store import measure_link, open_store
 from chunkft_compile.runtime.sweep import Sweep
 from chunkft_compile.runtime.updates import Updater
+from chunkft_compile.solving import Solving, explained_error, given, solve
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -44,9 +45,9 @@ class Options:
     accumulation: bool
     loss_only: bool
     directory: Path | None
-    solve_seconds: float
-    seed: int
+    solving: Solving
     updates: tuple[Update, ...] = (Update.HELD,)
+    plan: Plan | None = None
 
 
 class Session:
@@ -93,7 +94,8 @@ class Session:
             found = capture(self.model, args, kwargs, loss_only=self.options.loss_only)
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-            self._compiled[key] = Compiled(found, fixed_nbytes(self.model, found, batch), self._costs, self._get_setting())
+            fixed = fixed_nbytes(self.model, found, batch)
+            self._compiled[key] = Compiled(found, fixed, self._costs, self._get_setting(), _describe(args, kwargs))
             while len(self._compiled) > _SIGNATURES:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
@@ -162,7 +164,7 @@ class Session:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
             link = measure_link(self.device, self.options.directory)
-            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates)
+            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates, self.device.type)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
 
@@ -176,16 +178,15 @@ class Session:
 
     def _solve(self, compiled: Compiled) -> None:
         """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
-        problem = compiled.problem(accumulating=self.accumulating)
-        try:
-            found = plan(problem, time_limit_s=self.options.solve_seconds, seed=self.options.seed)
-        except BudgetError:
-            raise self._budget_error(compiled, problem) from None
-        strange = {step.update for step in found.steps} - set(problem.updates)
-        assert not strange, f"the plan has {', '.join(strange)} updates, allowed are {', '.join(problem.updates)}"
-        schedule = compiled.exact(found, accumulating=self.accumulating)
-        budget = self.options.budget_nbytes
-        assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
+        if self.options.plan is not None:
+            schedule = given(compiled, self.options.plan, accumulating=self.accumulating)
+        else:
+            try:
+                schedule = solve(compiled, self.options.solving, accumulating=self.accumulating)
+            except BudgetError as error:
+                if self.options.solving.max_steps is not None and error.smallest_nbytes <= self.options.budget_nbytes:
+                    raise  # there are schedules, none with so few steps
+                raise self._budget_error(compiled) from None
         self.sweep = self.sweep.continued(schedule) if self.sweep else Sweep(schedule)
         self.latest = compiled
         if dense := self.dense_parameters():
@@ -195,22 +196,24 @@ class Session:
             len(self.chunks),
             len(schedule.steps),
             format_nbytes(schedule.peak_nbytes),
-            format_nbytes(budget),
+            format_nbytes(self.options.budget_nbytes),
             schedule.status,
             100 * schedule.gap,
             schedule.solve_s,
         )
 
-    def _budget_error(self, compiled: Compiled, problem: Problem) -> BudgetError:
+    def _budget_error(self, compiled: Compiled) -> BudgetError:
         """The refusal of a budget. Another budget comes with other chunks, so the advice must hold for its own ones."""
+        problem = compiled.problem(accumulating=self.accumulating)
         budget, setting, tried = smallest_budget(problem)[0], compiled.setting, set[int]()
         while True:
             chunks = split_for_budget(self.model, budget)
             if set(layouts_of(chunks)) == set(layouts_of(setting.chunks)):
-                return budget_error(problem)
+                return explained_error(compiled, problem, self.model)
             tried.add(budget)
             setting = replace(setting, chunks=chunks, optimizer=self._measure(self._updater.check_coverage(), chunks))
-            problem = compiled.under(setting).problem(accumulating=self.accumulating)
+            compiled = compiled.under(setting)
+            problem = compiled.problem(accumulating=self.accumulating)
             needed = smallest_budget(problem)[0]
             budget = needed if needed not in tried else max(tried)
 
@@ -293,6 +296,17 @@ class Session:
                     f"an input of shape {tuple(leaf.shape)} is on {leaf.device}, the model is on {self.device}; "
                     f"move it: batch.to({str(self.device)!r})"
                 )
+
+
+def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every leaf of a batch: where it is passed, and its dtype and shape, or its value."""
+    leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    texts = []
+    for path, leaf in leaves:
+        where = pytree.keystr(path[1:])
+        value = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+        texts.append(f"{where} {value}")
+    return tuple(texts)
 
 
 def _weakly(session: Session, method: str) -> Callable[..., Any]:

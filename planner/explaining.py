@@ -27,8 +27,20 @@ def fits_at_all(problem: Problem) -> bool:
     return all(fits(ground, [index], problem.budget_nbytes) for index in _distinct(problem))
 
 
-def budget_error(problem: Problem) -> BudgetError:
-    """The error for a problem without a schedule: what binds, how much would do, what would help."""
+def hardest_step(problem: Problem) -> Step:
+    """The step that needs the smallest budget: the hardest chunk alone."""
+    ground = leanest(problem)
+    index, nbytes = _hardest_chunk(ground)
+    step = best_step(ground, [index], nbytes)
+    assert step is not None, f"chunk {index} fits {nbytes} bytes"
+    return step
+
+
+def budget_error(problem: Problem, *, streaming: bool = True) -> BudgetError:
+    """The error for a problem without a schedule: what binds, how much would do, what would help.
+
+    `streaming` says that weights could live beside the device, if the caller allowed it.
+    """
     ground = leanest(problem)
     index, nbytes = _hardest_chunk(ground)
     load = _binding_load(ground, index, nbytes)
@@ -38,7 +50,7 @@ def budget_error(problem: Problem) -> BudgetError:
         f"{problem.chunks[index].name} is trained",
         *(f"  {format_nbytes(size):>12}  {what}" for what, size in contributions(load)),
         f'give a budget of "{format_nbytes(nbytes, up=True).replace(" ", "")}" or more, or a smaller batch or sequence',
-        *(f"or {advice}" for advice in remedies(problem)),
+        *(f"or {advice}" for advice in remedies(problem, streaming=streaming)),
     ]
     return BudgetError("\n".join(lines), smallest_nbytes=nbytes, binding=load.name)
 
@@ -55,11 +67,11 @@ def steps_error(problem: Problem, max_steps: int, *, proven: bool) -> BudgetErro
     )
 
 
-def remedies(problem: Problem) -> list[str]:
+def remedies(problem: Problem, *, streaming: bool) -> list[str]:
     """What the caller has not allowed, and the smallest budget with it."""
     found = []
     away = tuple(link.placement for link in problem.links)
-    if problem.weights == (Placement.DEVICE,) and any(segment.weight_nbytes for segment in problem.segments):
+    if streaming and problem.weights == (Placement.DEVICE,) and any(segment.weight_nbytes for segment in problem.segments):
         found.append(("weights beside the device", replace(problem, weights=(Placement.DEVICE, *away))))
     if problem.updates == (Update.HELD,) and not problem.accumulating:
         found.append(("IMMEDIATE updates", replace(problem, updates=(Update.HELD, Update.IMMEDIATE))))

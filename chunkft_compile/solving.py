@@ -1,0 +1,122 @@
+"""From a captured signature to a schedule: solved here, or one that was kept; and why a budget is refused."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from chunkft_compile.compiled import Compiled
+from chunkft_compile.errors import BudgetError
+from chunkft_compile.largest import largest_tensors
+from chunkft_compile.planner import (
+    Fingerprint,
+    Placement,
+    Plan,
+    PlanMismatch,
+    Prefer,
+    Problem,
+    Schedule,
+    check_fingerprint,
+    from_json,
+    plan,
+    verify,
+)
+from chunkft_compile.planner.explaining import budget_error, hardest_step
+from chunkft_compile.planner.units import format_nbytes
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How to solve: seconds of work, seed, what to prefer, the most steps of a sweep (None: no limit)."""
+
+    seconds: float = 5.0
+    seed: int = 0
+    prefer: Prefer = "time"
+    max_steps: int | None = None
+
+
+def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> Schedule:
+    """The schedule for this signature, with exact peaks and times. Raises `BudgetError`."""
+    problem = compiled.problem(accumulating=accumulating)
+    found = plan(problem, prefer=solving.prefer, max_steps=solving.max_steps, time_limit_s=solving.seconds, seed=solving.seed)
+    schedule = compiled.exact(found, accumulating=accumulating)
+    budget = problem.budget_nbytes
+    assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
+    return schedule
+
+
+def explained_error(compiled: Compiled, problem: Problem, model: nn.Module) -> BudgetError:
+    """The refusal of a budget, with the largest tensors at the instruction that binds it."""
+    step, error = hardest_step(problem), budget_error(problem, streaming=False)
+    assembled = compiled.program(step, resident=(), accumulating=problem.accumulating)
+    names = [f"{made.op} {compiled.segments[made.segment].name}" for made in assembled.program.instructions]
+    at = names.index(error.binding) if error.binding in names else None
+    largest = largest_tensors(assembled, model, compiled.temporary_nbytes, at)
+    return BudgetError(
+        "\n".join([str(error), "the largest tensors then:", *(f"  {format_nbytes(nbytes):>12}  {name}" for name, nbytes in largest)]),
+        smallest_nbytes=error.smallest_nbytes,
+        binding=error.binding,
+    )
+
+
+def fingerprint(compiled: Compiled, *, accumulating: bool) -> Fingerprint:
+    """What a schedule for this signature depends on."""
+    setting = compiled.setting
+    segments = [(segment.name, segment.kind) for segment in compiled.segments]
+    return Fingerprint(
+        graph=hashlib.sha256(repr(segments).encode()).hexdigest()[:16],
+        chunks=tuple(chunk.name for chunk in setting.chunks),
+        inputs=compiled.inputs,
+        dtype=", ".join(sorted({str(chunk.leaf.dtype).removeprefix("torch.") for chunk in setting.chunks})),
+        device=setting.device,
+        optimizer=setting.optimizer.name,
+        accumulating=accumulating,
+        torch=str(torch.__version__),
+    )
+
+
+def kept(compiled: Compiled, schedule: Schedule, *, accumulating: bool) -> Plan:
+    """The schedule of this signature to keep."""
+    return Plan(fingerprint(compiled, accumulating=accumulating), compiled.problem(accumulating=accumulating), schedule, lowered=True)
+
+
+def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:
+    """The schedule of a kept plan, to be run exactly; peaks and times are those of the programs lowered here.
+
+    Raises `PlanMismatch` where it was made for something else, or asks for what this runtime does not do.
+    """
+    check_fingerprint(planned.fingerprint, fingerprint(compiled, accumulating=accumulating))
+    if set(planned.schedule.places.weights) != {Placement.DEVICE}:
+        raise PlanMismatch(
+            "this plan keeps weights beside the device, and this runtime keeps them on it; plan again with the weights on the device"
+        )
+    problem = compiled.problem(accumulating=accumulating)
+    names = {cost.option for kind in problem.kinds for cost in kind.costs}
+    strange = {option for step in planned.schedule.steps for option in step.options} - names
+    if strange:
+        raise PlanMismatch(f"this plan has options that no segment has here: {', '.join(sorted(strange))}; plan again")
+    # options that no other beats are found by measured times: another machine may have dropped some, so they are not verified by name
+    schedule = compiled.exact(planned.schedule, accumulating=accumulating)
+    if schedule.peak_nbytes > problem.budget_nbytes:
+        raise PlanMismatch(
+            f"this plan needs {schedule.peak_nbytes} bytes here, its budget is {problem.budget_nbytes}; plan again with this version"
+        )
+    return schedule
+
+
+def read_plan(source: str | Path | Plan) -> Plan:
+    """A kept plan. Raises `ValueError` for a file that cannot be read or holds something else."""
+    if isinstance(source, Plan):
+        return source
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the plan {source} cannot be read: {error}") from error
+    try:
+        found = from_json(text, Plan)
+        verify(found.problem, found.schedule, lowered=found.lowered)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{source} is not a plan: {error}") from error
+    return found
