@@ -39,7 +39,7 @@ class Offloader:
             tensor = values.pop(number)
             storage = tensor.untyped_storage()
             if storage._cdata not in stand_ins:
-                stand_ins[storage._cdata] = self._put(storage)
+                stand_ins[storage._cdata] = self._put(tensor)
             stand_in, stride = stand_ins[storage._cdata], tensor.stride()
             self._away[number] = _Away(stand_in, tensor.device, tensor.dtype, tensor.shape, stride, int(tensor.storage_offset()))
 
@@ -51,13 +51,15 @@ class Offloader:
             away = self._away.pop(number)
             if id(away.stand_in) not in flat:
                 flat[id(away.stand_in)] = self._store.get(away.stand_in, away.device)
-            storage = flat[id(away.stand_in)].untyped_storage()
-            found[number] = torch.empty(0, dtype=away.dtype, device=away.device).set_(storage, away.offset, away.shape, away.stride)
+            found[number] = flat[id(away.stand_in)].view(away.dtype).as_strided(away.shape, away.stride, away.offset)
         return found
 
-    def _put(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        room = _rounded(storage.nbytes())
+    def _put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole storage behind a tensor, as single bytes."""
+        nbytes = tensor.untyped_storage().nbytes()
+        assert nbytes % tensor.element_size() == 0, f"a storage of {nbytes} bytes is no multiple of {tensor.dtype}"
+        flat = tensor.as_strided((nbytes // tensor.element_size(),), (1,), 0).view(torch.uint8)
+        room = _rounded(nbytes)
         slot = ("saved", room, self._used[room])
         self._used[room] += 1
         return self._store.put(slot, flat, room)

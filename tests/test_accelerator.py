@@ -117,7 +117,7 @@ def _main() -> None:
     found["left behind"] = torch.accelerator.memory_allocated()
     found["slow"] = _run_chunked(device, link_bytes_per_s=_SLOW)
     with pytest.MonkeyPatch.context() as patch:
-        plan_by_hand(patch, [Update.IMMEDIATE])
+        plan_by_hand(patch, [Update.IMMEDIATE], option="offload")
         found["immediate"] = _run_chunked(device, link_bytes_per_s=_SLOW, update="immediate")
     print(json.dumps(found))
 

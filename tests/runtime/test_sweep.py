@@ -75,3 +75,14 @@ def test_position_and_count() -> None:
     assert (sweep.position, sweep.count, sweep.current.chunks) == (1, 0, (2,))
     assert sweep.stepped(frozenset({2}))
     assert (sweep.position, sweep.count, sweep.current.chunks) == (0, 1, (0, 1))
+
+
+def test_a_step_that_an_error_broke_off_goes_on_with_the_rest() -> None:
+    sweep = Sweep(_schedule([[0, 1, 2], [3]]))
+    assert sweep.resumed() is sweep
+    assert not sweep.stepped(frozenset({2}))
+    sweep = sweep.resumed()
+    assert (sweep.current.chunks, sweep.position, sweep.count) == ((0, 1), 0, 0)
+    assert sweep.stepped(frozenset({0, 1}))
+    assert sweep.stepped(frozenset({3}))
+    assert (sweep.current.chunks, sweep.count) == ((0, 1, 2), 1)

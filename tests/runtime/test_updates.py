@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,33 @@ def test_other_optimizers_are_none_of_its_business(training: Training) -> None:
     torch.optim.SGD([leaf], lr=0.5).step()
     assert torch.equal(leaf, torch.full((3,), 0.5))
     assert training.done == []
+
+
+def test_parameters_that_are_no_chunks_are_stepped_once(training: Training) -> None:
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    training.optimizer = torch.optim.SGD([other, *(chunk.leaf for chunk in training.chunks)], lr=0.25)
+    training.give_gradients(0)
+    training.optimizer.step()
+    assert torch.equal(other, torch.full((3,), 0.75))
+    assert torch.equal(other.grad, torch.ones(3))
+    assert training.done == [frozenset(range(4))]
+
+
+class _Calling(torch.optim.SGD):
+    """Its step calls that of its base, around which torch runs the hooks once more."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+
+
+def test_a_step_that_calls_its_base_is_one_step(training: Training) -> None:
+    training.optimizer = _Calling([chunk.leaf for chunk in training.chunks], lr=0.1, momentum=0.9)
+    training.reference = torch.optim.SGD(training.plain, lr=0.1, momentum=0.9)
+    for seed in range(3):
+        training.give_gradients(seed)
+        for optimizer in (training.optimizer, training.reference):
+            optimizer.step()
+            optimizer.zero_grad()
+        training.check()
+    assert frozenset().union(*training.done[:2]) == frozenset(range(4))
