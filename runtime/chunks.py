@@ -72,7 +72,7 @@ def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
     """
     weights = storage_nbytes([*model.parameters(), *model.buffers()])
     room = max(1, (budget_nbytes - weights) // 24)
-    return max(2 ** (room.bit_length() - 1), weights // 512)
+    return max(1 << (room.bit_length() - 1), weights // 512)
 
 
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:

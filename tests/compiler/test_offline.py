@@ -22,7 +22,7 @@ from chunkft_compile.runtime.optimizers import measure_optimizer
 
 CPU = torch.device("cpu")
 BUDGET = 1_000_000
-TINY = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY: dict[str, Any] = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = transformers.LlamaConfig(**TINY, intermediate_size=24, max_position_embeddings=32, tie_word_embeddings=True, use_cache=False)
 GPT2 = transformers.GPT2Config(
     vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0, use_cache=False
