@@ -115,7 +115,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     template.training = model.training
     # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
-    with torch.enable_grad(), _side_effects_told(model), torch._dynamo.config.patch(ignore_logging_functions=_log_methods()):
+    # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
+    config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False)
+    with torch.enable_grad(), _side_effects_told(model), config:
         try:
             traced = dynamo_graph_capture_for_export(template)(*tensors)
             with contextlib.ExitStack() as stack:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from chunkft_compile.cost_cache import CostCache, key_of
 from chunkft_compile.liveness import storages
 from chunkft_compile.runtime.meter import CallCost, measure_calls
 
@@ -39,7 +40,7 @@ class Costs(Protocol):
 
 
 class OperatorCosts:
-    """A table of measured calls on one device, filled when asked."""
+    """A table of measured calls on one device, filled when asked: from the cache on disk, else by running them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -53,10 +54,18 @@ class OperatorCosts:
             for node in graph.nodes:
                 if makes_bytes(node) and signature(node) not in self._table:
                     pending.setdefault(signature(node), node)
+        if not pending:
+            return
+        cache = CostCache(self.device)
+        known = cache.load()
+        for key in [key for key in pending if key_of(key) in known]:
+            self._table[key] = known[key_of(key)]
+            del pending[key]
         for nodes in _together(pending.values()):
             arena = _Arena(nodes, self.device)
             costs = measure_calls([_call(node, arena) for node in nodes], self.device)
             self._table.update(zip(map(signature, nodes), costs, strict=True))
+        cache.add({key_of(key): self._table[key] for key in pending})
 
     def temporary_nbytes(self, node: fx.Node) -> int:
         """Most bytes inside the call beyond its results."""

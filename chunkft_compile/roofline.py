@@ -18,6 +18,13 @@ from chunkft_compile.costs import makes_bytes, signature
 from chunkft_compile.planner.devices import Device
 from chunkft_compile.temporaries import accelerator_nbytes, cpu_nbytes, operator_name
 
+_aten = torch.ops.aten
+# torch 2.13 has no formula for the CPU's attention, whose first arguments are those of the CUDA one
+_SAME_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
+
 # A view is no kernel. On an accelerator its dispatch hides behind kernels that run; on a CPU it is paid.
 _VIEW_US = 1
 
@@ -98,7 +105,8 @@ def flops(node: fx.Node) -> int:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return 0
-    count = flop_registry.get(target.overloadpacket)
+    packet = _SAME_FLOPS.get(target.overloadpacket, target.overloadpacket)
+    count = flop_registry.get(packet)
     if count is None:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])

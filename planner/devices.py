@@ -212,7 +212,7 @@ _ALL = (
         # Between a copy into old memory (27 GB/s) and results in fresh pages (3 to 4 GB/s read and written): see docs/log.md.
         10e9,
         1.0,  # the peaks are what products reach
-        0.1,  # 0.07 to 0.12 of it, on 256 to 1024 tokens
+        0.5,  # 0.3 to 0.8 of it, forward and backward, bf16 and fp32
         1.0,
         2.5,
         (Link(Placement.DISK, 1_000_000_000, 1_000_000_000),),

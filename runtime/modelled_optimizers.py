@@ -5,6 +5,7 @@ a product of the chunk's dimensions, and what the step allocates grows with its 
 the roofline of the device. No tensor of the size of a chunk is ever made.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,19 +70,20 @@ def model_optimizer(name: str, layouts: Iterable[Layout], device: Device) -> Opt
     On an accelerator torch takes all parameters at once (foreach) where the optimizer has no fused or looping default, and keeps
     step counters on the host unless the optimizer is fused.
     """
-    optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(2))], foreach=True if device.accelerator else None)
+    foreach = True if device.accelerator else None
+    optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(2))], foreach=foreach)
     counted = not device.accelerator or bool(optimizer.param_groups[0].get("fused"))
     distinct = sorted(set(layouts), key=lambda layout: (len(layout[0]), str(layout[1]), layout[0]))
     costs: dict[Layout, StepCost] = {}
     for _, members in itertools.groupby(distinct, key=lambda layout: (len(layout[0]), str(layout[1]))):
         group = list(members)
-        trial = _Trial.of(optimizer, len(group[0][0]), group[0][1])
+        trial = _try(name, foreach, len(group[0][0]), group[0][1])
         for layout in group:
             state, counters = _state_nbytes(trial, layout, device)
             costs[layout] = StepCost(
                 state, counters if counted else 0, _transient_nbytes(trial, layout, state, device), _us(trial, layout, device)
             )
-    return OptimizerCost(name, costs, _overlap(optimizer, distinct[0][1]))
+    return OptimizerCost(name, costs, _overlap(name, foreach, distinct[0][1]))
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,15 @@ def _us(trial: _Trial, layout: Layout, device: Device) -> int:
     return math.ceil(device.us(0, nbytes, "float32") + (trial.launches - 1) * device.launch_us)
 
 
-def _overlap(optimizer: Optimizer, dtype: torch.dtype) -> float:
+@functools.cache  # bytes of torch's own code on small tensors: the same each time, and a gc.collect() to measure
+def _try(name: str, foreach: bool | None, rank: int, dtype: torch.dtype) -> _Trial:
+    return _Trial.of(make_optimizer(name, [nn.Parameter(torch.zeros(2))], foreach=foreach), rank, dtype)
+
+
+@functools.cache
+def _overlap(name: str, foreach: bool | None, dtype: torch.dtype) -> float:
     """Transient of two equal chunks over that of one."""
+    optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(2))], foreach=foreach)
     matrix: Layout = ((512, 512), dtype)
     probes = [prepare(optimizer, [matrix] * count, _CPU) for count in (1, 2)]
     one, two = (call.peak_nbytes for call in measure_calls([partial(step_only, probe) for probe in probes], _CPU))

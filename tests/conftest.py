@@ -46,6 +46,14 @@ class Workshop:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_cache_on_disk() -> Iterator[None]:
+    """Tests neither read nor write the user's cache; those of the cache name a directory of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHUNKFT_CACHE", "0")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _young_collector() -> None:
     """Imported libraries leave a million objects that every collection would visit; planning collects several times."""
     gc.collect()

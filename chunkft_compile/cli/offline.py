@@ -129,6 +129,6 @@ def offline_budget(text: str | None, device: Device) -> int:
 def say_modelled(model: OfflineModel) -> None:
     """No reader should take this for a measurement."""
     device = model.device
-    print(f"modelled, not measured: times and temporaries of {device.title} from its data sheet ({device.source})")
+    print(f"modelled, not measured: times and temporaries of {device.title}; source: {device.source}")
     if isinstance(model.costs, RooflineCosts) and model.costs.unknown:
         print(f"no rule for the temporaries of {', '.join(sorted(model.costs.unknown))}: taken to be as large as their results")

@@ -10,7 +10,7 @@ from chunkft_compile.cli.offline import Question, add_shape, say_modelled
 from chunkft_compile.cli.options import at_least, between
 from chunkft_compile.cli.planned import say
 from chunkft_compile.offline import OfflineModel, Shape, smallest_offline
-from chunkft_compile.planner import BudgetError, Schedule, plan
+from chunkft_compile.planner import BudgetError, Placement, Schedule, plan
 
 _EPILOG = """\
 examples:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     smallest, binding = smallest_offline(model, question.optimizer, question.choices, accumulating=question.accumulating)
     rows = []
-    for budget in budgets(smallest, _room_for_everything(question, model), args.points):
+    for budget in budgets(smallest, _room_for_everything(question, model, smallest), args.points):
         say(f"planning for {format_nbytes(budget)}")
         try:
             rows.append(_row(model, budget, schedule(budget)))
@@ -63,16 +63,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _room_for_everything(question: Question, model: OfflineModel) -> int:
-    """The peak of the plan that has more memory than it can use."""
-    without_limit = sum(chunk.state_nbytes + chunk.grad_nbytes for chunk in question.problem(model, model.weights_nbytes).chunks)
-    nbytes = 4 * (model.weights_nbytes + without_limit) + model.device.memory_nbytes
-    while True:
-        schedule = plan(question.problem(model, nbytes), time_limit_s=1.0)
-        # a budget of just its peak comes with smaller chunks and so never needs more
-        if len(schedule.steps) == 1 and len(schedule.resident) == len(schedule.places.state):
-            return schedule.peak_nbytes
-        nbytes *= 2
+def _room_for_everything(question: Question, model: OfflineModel, smallest: int) -> int:
+    """The smallest budget, to two per cent, with one step per sweep and all weights and optimizer state on the device."""
+
+    def has_room(budget_nbytes: int) -> bool:
+        try:
+            schedule = plan(question.problem(model, budget_nbytes), time_limit_s=1.0)
+        except BudgetError:  # its larger chunks do not fit
+            return False
+        places = {*schedule.places.state, *schedule.places.weights}
+        return len(schedule.steps) == 1 and places == {Placement.DEVICE}
+
+    low, high = smallest, 2 * smallest
+    while not has_room(high):
+        low, high = high, 2 * high
+    while high - low > high // 50:
+        middle = (low + high) // 2
+        low, high = (low, middle) if has_room(middle) else (middle, high)
+    return high
 
 
 def budgets(smallest: int, largest: int, points: int) -> list[int]:

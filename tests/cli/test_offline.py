@@ -62,6 +62,7 @@ def test_plan_refuses_a_small_budget_with_one_that_does(config_file: Path, capsy
     assert main([*arguments, "--budget", smallest]) == 0
 
 
+@pytest.mark.slow
 def test_fit_finds_the_largest_batch_and_sequence(config_file: Path, capsys: Capture) -> None:
     arguments = ["fit", str(config_file.parent), "--device", "rtx3090", "--seq", "16", "--budget"]
     assert main([*arguments, "700kB"]) == 0
@@ -74,6 +75,7 @@ def test_fit_finds_the_largest_batch_and_sequence(config_file: Path, capsys: Cap
     assert smallest_offline(model, "adamw", Choices())[0] > 700_000
 
 
+@pytest.mark.slow
 def test_fit_says_no_with_exit_code_2(config_file: Path, capsys: Capture) -> None:
     assert main(["fit", str(config_file), "--device", "cpu", "--seq", "16", "--budget", "100kB"]) == 2
     out = capsys.readouterr().out

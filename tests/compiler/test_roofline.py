@@ -89,9 +89,13 @@ def test_temporaries_on_an_accelerator() -> None:
 
 def test_attention_backward_keeps_an_fp32_gradient_of_the_query() -> None:
     found = capture(llama().bfloat16().train(), (), token_batch())
-    node = next(node for node in found.graph.nodes if "attention_for_cpu_backward" in str(node.target))
+    by_name = {str(node.target).split(".")[1]: node for node in found.graph.nodes if "attention_for_cpu" in str(node.target)}
+    forward, backward = (by_name[f"_scaled_dot_product_flash_attention_for_cpu{end}"] for end in ("", "_backward"))
     # [B, H, S, D] = [2, 4, 10, 4]; rows are padded to 128, widths to 32
-    assert accelerator_nbytes(node) == 4 * 2 * 4 * 128 * (1 + 32)
+    assert accelerator_nbytes(backward) == 4 * 2 * 4 * 128 * (1 + 32)
+    assert accelerator_nbytes(forward) == 0
+    products = 2 * 2 * 4 * 10 * 10 * 4  # one of [S, D] x [D, S] in every head: two forward, five backward
+    assert (flops(forward), flops(backward)) == (2 * products, 5 * products)
 
 
 def test_an_operator_without_a_rule_is_named_and_counted_double() -> None:
