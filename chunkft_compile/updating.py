@@ -55,10 +55,10 @@ def _moves(update: Update, number: int, gradients: tuple[tuple[int, int], ...]) 
     moving = tuple(chunk for chunk in group if chunk not in update.resident)
     us = sum(update.us_of(chunk) for chunk in moving)
     frees = tuple(value for value, _ in gradients)
-    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes, us=update.us[number])
+    step = Instruction(Op.UPDATE, segment, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes, us=update.us[number])
     if not moving:
         return [step]
-    return [Instruction(Op.FETCH, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, chunks=moving, us=us - us // 2)]
+    return [Instruction(Op.FETCH, segment, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, segment, chunks=moving, us=us - us // 2)]
 
 
 def lowest_readers(lowering: Lowering) -> dict[str, int]:
