@@ -9,7 +9,7 @@ from ortools.sat.python import cp_model
 from chunkft_compile.planner.bounds import costs_of, roles_of
 from chunkft_compile.planner.cpsat_memory import constrain_memory
 from chunkft_compile.planner.cpsat_model import Model, StepVariables, add_step, begin, order_steps, total, train_every_chunk
-from chunkft_compile.planner.cpsat_time import constant_us, sweep_us
+from chunkft_compile.planner.cpsat_time import constant_us, rounding_us, sweep_us
 from chunkft_compile.planner.drafts import Draft, Prefer
 from chunkft_compile.planner.grounds import Ground, settle, spread
 from chunkft_compile.planner.limits import beats
@@ -120,8 +120,8 @@ def solve(model: Model, *, time_limit_s: float, seed: int, workers: int, prefer:
     code = solver.solve(model.cp)
     match code:
         case cp_model.OPTIMAL | cp_model.FEASIBLE:
-            bound_us = constant_us(model) + max(0, math.ceil(solver.best_objective_bound - 1e-6))
-            return Answer(_read(model, solver), solver.status_name(code), bound_us, step_us(model, prefer), solver.wall_time)
+            bound_us = constant_us(model) + math.ceil(solver.best_objective_bound - 1e-6) - rounding_us(model)
+            return Answer(_read(model, solver), solver.status_name(code), max(0, bound_us), step_us(model, prefer), solver.wall_time)
         case cp_model.UNKNOWN:
             return Answer(None, "GREEDY", 0, 0, solver.wall_time)
         case cp_model.INFEASIBLE:

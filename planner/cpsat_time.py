@@ -58,13 +58,16 @@ def _saved_us(model: Model) -> Expression:
 
 
 def _rate(model: Model, segment: int, *, hidden: bool) -> int:
-    """Microseconds per unit of state, times `_SCALE`, rounded up: of the chunks of a segment the most."""
-    rates = [0]
-    for index, chunk in enumerate(model.problem.chunks):
-        move, units = model.ground.state_moves[index], model.units(chunk.state_nbytes)
-        if chunk.segment == segment and units:
-            rates.append(-(-_SCALE * (move.hidden_us if hidden else move.exposed_us) // units))
-    return max(rates)
+    """Microseconds to move a unit of state there and back, times `_SCALE`, rounded up: of the links of a segment's chunks the slowest."""
+    places = {place for chunk, place in zip(model.problem.chunks, model.ground.places.state, strict=True) if chunk.segment == segment}
+    links = [link for link in model.problem.links if link.placement in places and link.overlaps == hidden]
+    nbytes = model.unit_nbytes * _SCALE
+    return max((link.read_us(nbytes) + link.write_us(nbytes) for link in links), default=0)
+
+
+def rounding_us(model: Model) -> int:
+    """By so much may state that stays save more than the rates say: the times of a chunk's transfers are rounded up."""
+    return 2 * len(model.problem.chunks) if model.stays else 0
 
 
 def _step_us(model: Model, step: StepVariables, number: int) -> Expression:
