@@ -13,6 +13,7 @@ from chunkft_compile.capture import Capture
 from chunkft_compile.costs import Costs
 from chunkft_compile.liveness import Footprint, storages
 from chunkft_compile.lowering import Lowering
+from chunkft_compile.offloading import lowered_option
 from chunkft_compile.planner.problem import Chunk as SizedChunk
 from chunkft_compile.planner.problem import Link, Problem, Schedule, Step
 from chunkft_compile.planner.problem import Update as When
@@ -116,7 +117,7 @@ class Compiled:
     def offers(self, step: Step) -> bool:
         """Whether this signature has the segments and options of a step that was planned for another."""
         segments = self._lowering.segments
-        return len(segments) == len(step.options) and all(map(self._lowering.has_option, segments, step.options))
+        return len(segments) == len(step.options) and all(map(self._lowering.has_option, segments, map(lowered_option, step.options)))
 
     def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
         """The exact program of a step."""

@@ -40,7 +40,7 @@ def with_updates(calls: Sequence[Instruction], update: Update, memory_of: Mappin
     for number, group in enumerate(update.groups):
         gradients = tuple((value_of[chunk], chunk) for chunk in group)
         place = max(_last_call(calls, value, memory_of[chunk]) for value, chunk in gradients)
-        ready[place] += _moves(update, number, gradients)
+        ready[place] += _moves(update, number, gradients, calls[place].segment)
     return [made for number, call in enumerate(calls) for made in (call, *ready[number])]
 
 
@@ -49,16 +49,17 @@ def _last_call(calls: Sequence[Instruction], gradient: int, memory: frozenset[in
     return max(number for number, call in enumerate(calls) if gradient in call.writes or not memory.isdisjoint(call.reads))
 
 
-def _moves(update: Update, number: int, gradients: tuple[tuple[int, int], ...]) -> list[Instruction]:
+def _moves(update: Update, number: int, gradients: tuple[tuple[int, int], ...], segment: int = -1) -> list[Instruction]:
     """State in, optimizer, state out for one group; what stays on the device does not move. `gradients` are freed by the update."""
-    group, transient_nbytes = update.groups[number], update.transient_nbytes[number]
+    group = update.groups[number]
     moving = tuple(chunk for chunk in group if chunk not in update.resident)
     us = sum(update.us_of(chunk) for chunk in moving)
     frees = tuple(value for value, _ in gradients)
-    step = Instruction(Op.UPDATE, frees=frees, gradients=gradients, chunks=group, transient_nbytes=transient_nbytes, us=update.us[number])
+    nbytes, step_us = update.transient_nbytes[number], update.us[number]
+    step = Instruction(Op.UPDATE, segment, frees=frees, gradients=gradients, chunks=group, transient_nbytes=nbytes, us=step_us)
     if not moving:
         return [step]
-    return [Instruction(Op.FETCH, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, chunks=moving, us=us - us // 2)]
+    return [Instruction(Op.FETCH, segment, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, segment, chunks=moving, us=us - us // 2)]
 
 
 def lowest_readers(lowering: Lowering) -> dict[str, int]:

@@ -47,9 +47,10 @@ def _second_sweep(hook: Allocator, case: Case, option: str) -> StepMemory:
         lab = Lab(hook, case, 40.0, make=partial(AdamW, lr=1e-3, fused=True), update="auto")
         first, second = lab.sweeps(2)
         assert first.measured <= first.predicted
-        stored = lab.model.store_nbytes
+        stored, schedule = lab.model.store_nbytes, lab.model.schedule
         lab.sweeps(1)
         assert lab.model.store_nbytes == stored
+        assert lab.model.schedule is schedule, "a step with this option was not taken for one that this signature has"
     return second
 
 
