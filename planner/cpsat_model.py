@@ -29,6 +29,7 @@ from chunkft_compile.planner.problem import Chunk, Cost, Link, Placement, Proble
 # below this. Costs are rounded up and the budget down, so a plan in units is a plan in bytes.
 LARGEST_BUDGET_UNITS = 1 << 26
 
+ANYWHERE = -1  # stands for all segments where state is not counted apart
 NOTHING = cp_model.LinearExpr.sum([])
 Expression = cp_model.LinearExpr
 
@@ -182,13 +183,20 @@ def _place_state(model: Model, step: StepVariables, number: int) -> None:
     """State that may stay, of chunks whose state is otherwise moved."""
     if Placement.DEVICE not in model.problem.state:
         return
-    for s in sorted({chunk.segment for chunk in model.problem.chunks}):
-        moving = [g for g, members in enumerate(model.groups) if model.chunk(g).segment == s and _moves(model, members)]
+    for s in state_segments(model):
+        moving = [g for g, members in enumerate(model.groups) if s in (model.chunk(g).segment, ANYWHERE) and _moves(model, members)]
         sizes = {g: model.units(model.chunk(g).state_nbytes) for g in moving}
         most = min(model.most_room, sum(largest(step.counts[g]) * sizes[g] for g in moving))
         if most:
             model.stays[number, s] = model.cp.new_int_var(0, most, f"stays_{number}_{s}")
             model.cp.add(model.stays[number, s] <= total(sizes[g] * step.counts[g] for g in moving))
+
+
+def state_segments(model: Model) -> list[int]:
+    """Segments whose state is counted apart: only where IMMEDIATE updates hide transfers behind the backward of each."""
+    if Update.IMMEDIATE in model.problem.updates and any(link.overlaps for link in model.problem.links):
+        return sorted({chunk.segment for chunk in model.problem.chunks})
+    return [ANYWHERE]
 
 
 def _moves(model: Model, members: list[int]) -> bool:

@@ -7,7 +7,7 @@ cost when they are updated is left out: the bound stays a bound.
 
 from dataclasses import dataclass, field
 
-from chunkft_compile.planner.cpsat_model import Expression, Model, StepVariables, total
+from chunkft_compile.planner.cpsat_model import ANYWHERE, Expression, Model, StepVariables, total
 from chunkft_compile.planner.grounds import Transfer, offload
 from chunkft_compile.planner.problem import Link, Role, Update
 
@@ -59,7 +59,8 @@ def _saved_us(model: Model) -> Expression:
 
 def _rate(model: Model, segment: int, *, hidden: bool) -> int:
     """Microseconds to move a unit of state there and back, times `_SCALE`, rounded up: of the links of a segment's chunks the slowest."""
-    places = {place for chunk, place in zip(model.problem.chunks, model.ground.places.state, strict=True) if chunk.segment == segment}
+    chunks = zip(model.problem.chunks, model.ground.places.state, strict=True)
+    places = {place for chunk, place in chunks if segment in (chunk.segment, ANYWHERE)}
     links = [link for link in model.problem.links if link.placement in places and link.overlaps == hidden]
     nbytes = model.unit_nbytes * _SCALE
     return max((link.read_us(nbytes) + link.write_us(nbytes) for link in links), default=0)

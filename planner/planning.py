@@ -23,7 +23,7 @@ def plan(
     max_steps: int | None = None,
     time_limit_s: float = 5.0,
     seed: int = 0,
-    workers: int = 2,
+    workers: int = 4,
 ) -> Schedule:
     """The best sweep found within the budget: the fastest, or with `prefer="fresh"` the one of the fewest steps.
 

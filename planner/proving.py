@@ -7,6 +7,7 @@ from chunkft_compile.planner.grounds import NO_TRANSFER, Ground, leanest
 from chunkft_compile.planner.options import best_step, smallest_for
 from chunkft_compile.planner.problem import Placement, Problem, Role
 
+_PARTS = 16  # of the room for state
 _ALL_POINTS = 1 << 14  # fronts of real models have some hundreds: nothing is thinned, so the best step is the best
 
 
@@ -18,33 +19,45 @@ def least_sweep_us(problem: Problem) -> int:
     return several if single is None else min(single, several)
 
 
-def _saved_us(ground: Ground, least_nbytes: int, *, hidden: bool) -> int:
-    """At most so much of the exposed (or hidden) transfers does state save that stays on the device.
+def _saved_us(ground: Ground, room_nbytes: int) -> tuple[int, int]:
+    """At most so much of the hidden and of the exposed transfers does state save that stays in `room_nbytes` of the device."""
+    found = []
+    for moves in ([move.hidden_us for move in ground.state_moves], [move.exposed_us for move in ground.state_moves]):
+        room, saved = room_nbytes, 0
+        states = [(us, chunk.state_nbytes) for us, chunk in zip(moves, ground.problem.chunks, strict=True) if us]
+        for us, nbytes in sorted(states, key=lambda pair: -pair[0] / pair[1]):
+            part = min(room, nbytes)
+            saved += -(-us * part // nbytes)
+            room -= part
+        found.append(saved)
+    return found[0], found[1]
 
-    It has what the budget leaves above the `least_nbytes` that the sweep needs anyway, in which its own update is counted.
-    """
-    problem = ground.problem
+
+def _state_room(problem: Problem, least_nbytes: int) -> int:
+    """What state can stay in: the budget above what the sweep needs anyway, in which the update of one chunk is counted."""
     if Placement.DEVICE not in problem.state:
         return 0
-    room = problem.budget_nbytes - least_nbytes + max(chunk.piece_state_nbytes for chunk in problem.chunks)
-    moves = [move.hidden_us if hidden else move.exposed_us for move in ground.state_moves]
-    states = [(us, chunk.state_nbytes) for us, chunk in zip(moves, problem.chunks, strict=True) if us]
-    saved = 0
-    for us, nbytes in sorted(states, key=lambda pair: -pair[0] / pair[1]):
-        part = min(room, nbytes)
-        saved += -(-us * part // nbytes)
-        room -= part
-    return saved
+    return problem.budget_nbytes - least_nbytes + max(chunk.piece_state_nbytes for chunk in problem.chunks)
 
 
 def _single_us(problem: Problem) -> int | None:
-    """A bound on sweeps of one step; None where there is none. Exact but for what the places of weights and state may save."""
+    """A bound on sweeps of one step; None where there is none. Exact but for what the places of weights and state may save.
+
+    State that stays saves transfers and takes room from the options: for each part of the room, the fastest options beside the
+    smallest amount in it, less what the largest amount saves.
+    """
     ground, everything = _relaxed(problem), range(len(problem.chunks))
-    step = best_step(ground, everything, problem.budget_nbytes, points=_ALL_POINTS)
-    if step is None:
+    if best_step(ground, everything, problem.budget_nbytes, points=1) is None:
         return None
-    least = smallest_for(ground, everything)
-    return step.us - _saved_us(ground, least, hidden=False) - _saved_us(ground, least, hidden=True)
+    room = _state_room(problem, smallest_for(ground, everything))
+    own = max(chunk.piece_state_nbytes for chunk in problem.chunks)
+    bounds = []
+    for part in range(_PARTS if room else 1):
+        least, most = max(0, room * part // _PARTS - own), room * (part + 1) // _PARTS
+        step = best_step(ground, everything, problem.budget_nbytes - least, points=_ALL_POINTS)
+        if step is not None:
+            bounds.append(step.us - sum(_saved_us(ground, most)))
+    return min(bounds)
 
 
 def _relaxed(problem: Problem) -> Ground:
@@ -65,9 +78,10 @@ def _several_us(problem: Problem) -> int:
     depths = {chunk.segment for chunk in problem.chunks}
     backward = _backward_us(problem, min(depths)) + min(_backward_us(problem, depth) for depth in depths)
     own = sum(chunk.grad_us + chunk.update_us for chunk in problem.chunks)
-    ground, least = leanest(problem), smallest_budget(problem)[0]
-    hidden = sum(move.hidden_us for move in ground.state_moves) - _saved_us(ground, least, hidden=True)
-    exposed = sum(move.exposed_us for move in ground.state_moves) - _saved_us(ground, least, hidden=False)
+    ground = leanest(problem)
+    saved_hidden, saved_exposed = _saved_us(ground, _state_room(problem, smallest_budget(problem)[0]))
+    hidden = sum(move.hidden_us for move in ground.state_moves) - saved_hidden
+    exposed = sum(move.exposed_us for move in ground.state_moves) - saved_exposed
     return 2 * _forward_us(problem) + max(backward + own, hidden) + exposed
 
 
