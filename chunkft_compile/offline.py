@@ -20,7 +20,7 @@ from chunkft_compile.capture import Capture, capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import Costs
 from chunkft_compile.deepening import deepen, is_a_stack, shallow_config
-from chunkft_compile.planner import Placement, Problem, Update, smallest_budget
+from chunkft_compile.planner import Link, Placement, Problem, Update, smallest_budget
 from chunkft_compile.planner.devices import Device
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.roofline import RooflineCosts
@@ -39,12 +39,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the planner may choose from, and the capacity of the host (None: no limit)."""
+    """What the planner may choose from, and the capacity of the host (None: no limit).
+
+    `overlap` plans for an engine that copies while it computes, where the device can; the one in `runtime` waits for its copies.
+    """
 
     updates: tuple[Update, ...] = (Update.HELD,)
     state: tuple[Placement, ...] = tuple(Placement)
     weights: tuple[Placement, ...] = (Placement.DEVICE,)
     host_nbytes: int | None = None
+    overlap: bool = False
 
 
 def read_config(source: str) -> Any:
@@ -126,13 +130,10 @@ class OfflineModel:
         if key not in self._cache:
             problem = self._problem(key[0], optimizer, accumulating=accumulating)
             self._cache[key] = self._deepened(problem, key[0], optimizer) if self._traced_layers < self.layers else problem
-        links = tuple(
-            replace(link, capacity_nbytes=choices.host_nbytes) if link.placement is Placement.HOST else link for link in self.device.links
-        )
         return replace(
             self._cache[key],
             budget_nbytes=budget_nbytes,
-            links=links,
+            links=tuple(_link(link, choices) for link in self.device.links),
             updates=choices.updates,
             state=choices.state,
             weights=choices.weights,
@@ -184,6 +185,12 @@ def _check_length(config: Any, shape: Shape) -> None:
     most = getattr(config, "max_position_embeddings", shape.seq)
     if shape.seq > most:
         raise ValueError(f"{shape.seq} tokens are longer than the {most} positions of {config.model_type}")
+
+
+def _link(link: Link, choices: Choices) -> Link:
+    """What a link of the device is to the engine that is planned for."""
+    capacity = choices.host_nbytes if link.placement is Placement.HOST else link.capacity_nbytes
+    return replace(link, capacity_nbytes=capacity, overlaps=link.overlaps and choices.overlap)
 
 
 def _check_choices(choices: Choices, device: Device) -> None:
