@@ -60,6 +60,8 @@ def levelled_steps(ground: Ground, steps: Sequence[Step], shares: Sequence[float
 
 def steps_of(ground: Ground, bins: Sequence[Sequence[int]], budget_nbytes: int) -> tuple[Step, ...] | None:
     """The fastest steps over these sets of chunks, deepest first; None where one does not fit."""
+    if not all(fits(ground, sorted(chunks), budget_nbytes) for chunks in bins):  # much cheaper than the fastest step of each
+        return None
     steps = []
     for chunks in sorted(bins, key=lambda chunks: depth_of(ground.problem, chunks)):
         step = best_step(ground, sorted(chunks), budget_nbytes)

@@ -9,7 +9,7 @@ from chunkft_compile.planner.drafts import Draft, Prefer, finish, rank
 from chunkft_compile.planner.explaining import budget_error, fits_at_all, steps_error
 from chunkft_compile.planner.greedy import greedy_steps, levelled_steps
 from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, weight_places
-from chunkft_compile.planner.limits import most_steps
+from chunkft_compile.planner.limits import MOST_CELLS, most_steps
 from chunkft_compile.planner.methods import METHODS, method_problem, method_steps
 from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
 from chunkft_compile.planner.proving import least_sweep_us
@@ -39,12 +39,14 @@ def plan(
     known = [draft for draft in known_drafts(bundled.problem) if max_steps is None or len(draft.steps) <= max_steps]
     found = [(*finish(problem, draft, bundled), draft) for draft in known]
     best = min(found, key=lambda one: rank(one[0], prefer), default=None)
-    if best is not None:
+    solvable = best is None or len(best[0]) * len(problem.segments) <= MOST_CELLS
+    if best is not None and solvable:
         found += [(*finish(problem, draft, bundled), draft) for draft in _with_room_for_state(bundled.problem, best[2])]
         best = min(found, key=lambda one: rank(one[0], prefer))
     least = least_sweep_us(problem) if best else 0
-    status, gap = "OPTIMAL", 0.0 if best is None else _gap(least, best[0])
-    if best is None or gap > GAP or (prefer == "fresh" and len(best[0]) > 1):
+    gap = 0.0 if best is None else _gap(least, best[0])
+    status = "OPTIMAL" if solvable else "GREEDY"
+    if solvable and (best is None or gap > GAP or (prefer == "fresh" and len(best[0]) > 1)):
         draft = best[2] if best else None
         answer = _improve(bundled, draft, prefer, max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
         if answer.draft is not None:
@@ -55,6 +57,7 @@ def plan(
         best = min(found, key=lambda one: rank(one[0], prefer))
         gap = _gap(max(least, answer.bound_us - len(best[0]) * answer.step_us), best[0])
         status = "OPTIMAL" if gap <= GAP else answer.status
+    assert best is not None, "without a known plan the solver's is the one"
     steps, places, _ = best
     schedule = Schedule(problem.budget_nbytes, steps, places, status, gap, time.perf_counter() - start)
     verify(problem, schedule)
