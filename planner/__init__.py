@@ -4,7 +4,7 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, c
 from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.methods import method_problem, restrict
-from chunkft_compile.planner.planning import plan
+from chunkft_compile.planner.planning import plan, plans
 from chunkft_compile.planner.problem import (
     BudgetError,
     Chunk,
@@ -56,6 +56,7 @@ __all__ = [
     "method_problem",
     "place_state",
     "plan",
+    "plans",
     "restrict",
     "simulate",
     "smallest_budget",

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from chunkft_compile.planner.bundling import Bundled, bundle
 from chunkft_compile.planner.cpsat import GAP, Answer, build, hint, solve
@@ -25,7 +26,21 @@ def plan(
     seed: int = 0,
     workers: int = 4,
 ) -> Schedule:
-    """The best sweep found within the budget: the fastest, or with `prefer="fresh"` the one of the fewest steps.
+    """The best of `plans`."""
+    return plans(problem, prefer=prefer, max_steps=max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)[0]
+
+
+def plans(
+    problem: Problem,
+    *,
+    prefer: Prefer = "time",
+    max_steps: int | None = None,
+    time_limit_s: float = 5.0,
+    seed: int = 0,
+    workers: int = 4,
+    most: int = 1,
+) -> tuple[Schedule, ...]:
+    """At most `most` different sweeps found within the budget, best first: the fastest, or with `prefer="fresh"` that of the fewest steps.
 
     Never slower than greedy or any of `METHODS` under the same budget. Raises `BudgetError` where no schedule fits, or none of at
     most `max_steps` steps was found. The same arguments give the same schedule: `time_limit_s` is turned into an amount of work, and
@@ -58,10 +73,15 @@ def plan(
         gap = _gap(max(least, answer.bound_us - len(best[0]) * answer.step_us), best[0])
         status = "OPTIMAL" if gap <= GAP else answer.status
     assert best is not None, "without a known plan the solver's is the one"
-    steps, places, _ = best
-    schedule = Schedule(problem.budget_nbytes, steps, places, status, gap, time.perf_counter() - start)
-    verify(problem, schedule)
-    return schedule
+    solve_s = time.perf_counter() - start
+    different = {steps: places for steps, places, _ in sorted(found, key=lambda one: rank(one[0], prefer))}
+    schedules = []
+    for steps, places in islice(different.items(), most):
+        own_status = status if steps == best[0] else "GREEDY"
+        own_gap = gap if steps == best[0] else _gap(least, steps)
+        schedules.append(Schedule(problem.budget_nbytes, steps, places, own_status, own_gap, solve_s))
+        verify(problem, schedules[-1])
+    return tuple(schedules)
 
 
 def known_drafts(problem: Problem) -> Iterator[Draft]:
