@@ -8,8 +8,9 @@ from chunkft_compile.planner.bundling import Bundled, bundle
 from chunkft_compile.planner.cpsat import GAP, Answer, build, hint, solve
 from chunkft_compile.planner.drafts import Draft, Prefer, finish, rank
 from chunkft_compile.planner.explaining import budget_error, fits_at_all, steps_error
-from chunkft_compile.planner.greedy import greedy_steps, levelled_steps
+from chunkft_compile.planner.greedy import greedy_steps
 from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, weight_places
+from chunkft_compile.planner.levelling import levelled_steps
 from chunkft_compile.planner.limits import MOST_CELLS, most_steps
 from chunkft_compile.planner.methods import METHODS, method_problem, method_steps
 from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
