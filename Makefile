@@ -55,9 +55,13 @@ format: $(INSTALLED) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## time and memory of a step against plain AdamW, predicted against measured peaks
-	$(BIN)/python -m benchmarks.step
+bench: $(INSTALLED) ## every figure of README.md (about two hours on two cores)
+	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.prediction
+	$(BIN)/python -m benchmarks.truth
+	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.sweep
 
 clean: ## remove the environment, caches and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from chunkft_compile.codes import Code, Demand
 from chunkft_compile.costs import Costs
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.liveness import storages
-from chunkft_compile.lowering import Code, Demand, Lowering
+from chunkft_compile.lowering import Lowering
 from chunkft_compile.offloading import lowered_option
 from chunkft_compile.planner.problem import Link
 from chunkft_compile.planner.program import Instruction, Op, Program

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.assembly import Assembled
-from chunkft_compile.budget import parse_budget
+from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
 from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
@@ -107,7 +107,7 @@ def _budget(budget: str | int | None, plan: Plan | None, device: torch.device) -
     """The budget of the plan, or the one given; both only if they agree."""
     if plan is None:
         if budget is None:
-            raise ValueError('compile needs a budget, or a schedule that has one: compile(model, budget="14GB")')
+            raise ValueError(f"compile needs a budget, or a schedule that has one; {FORMS}")
         return parse_budget(budget, device)
     planned = plan.schedule.budget_nbytes
     if budget is not None and parse_budget(budget, device) != planned:

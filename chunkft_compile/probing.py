@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from chunkft_compile.assembly import Rows, gradient_key, propagate
+from chunkft_compile.codes import SERVES, Code, Demand
 from chunkft_compile.costs import Costs
 from chunkft_compile.liveness import storages
-from chunkft_compile.lowering import SERVES, Code, Demand, Lowering
+from chunkft_compile.lowering import Lowering
 from chunkft_compile.offloading import OFFLOAD, lowered_option
 from chunkft_compile.planner.problem import Cost, Kind
 from chunkft_compile.planner.problem import Segment as SizedSegment

@@ -4,7 +4,7 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, c
 from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.methods import method_problem, restrict
-from chunkft_compile.planner.planning import plan, plan_method
+from chunkft_compile.planner.planning import plan, plan_method, plans
 from chunkft_compile.planner.problem import (
     BudgetError,
     Chunk,
@@ -59,6 +59,7 @@ __all__ = [
     "place_state",
     "plan",
     "plan_method",
+    "plans",
     "restrict",
     "simulate",
     "smallest_budget",

@@ -5,15 +5,13 @@ least as deep, so a chunk that joins one never makes its backward longer; and be
 as few steps as possible are deep. Filling from the top would leave the rest, a nearly empty step, as the deepest of all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.grounds import Ground
 from chunkft_compile.planner.options import best_step, fits
 from chunkft_compile.planner.problem import Chunk, Problem, Step
-
-_HALVINGS = 6  # of the room between the base and the budget: to a percent or two
 
 
 def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step, ...] | None:
@@ -38,28 +36,10 @@ def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step
     return steps_of(ground, bins, budget)
 
 
-def levelled_steps(ground: Ground, steps: Sequence[Step], shares: Sequence[float] = (0.0, 0.5)) -> Iterator[tuple[Step, ...]]:
-    """Greedy sweeps of as many steps as `steps` has that leave room for state: in the smallest budget with so many steps, and above.
-
-    Greedy fills its first steps to the brim, and state that stays must fit beside the fullest. `shares` are those of what lies
-    between that smallest budget and the budget.
-    """
-    too_small, enough = ground.base_nbytes, ground.problem.budget_nbytes
-    for _ in range(_HALVINGS):
-        middle = (too_small + enough) // 2
-        found = greedy_steps(ground, middle)
-        if found is not None and len(found) <= len(steps):
-            enough = middle
-        else:
-            too_small = middle
-    for share in shares:
-        found = greedy_steps(ground, enough + int(share * (ground.problem.budget_nbytes - enough)))
-        if found is not None:
-            yield found
-
-
 def steps_of(ground: Ground, bins: Sequence[Sequence[int]], budget_nbytes: int) -> tuple[Step, ...] | None:
     """The fastest steps over these sets of chunks, deepest first; None where one does not fit."""
+    if not all(fits(ground, sorted(chunks), budget_nbytes) for chunks in bins):  # much cheaper than the fastest step of each
+        return None
     steps = []
     for chunks in sorted(bins, key=lambda chunks: depth_of(ground.problem, chunks)):
         step = best_step(ground, sorted(chunks), budget_nbytes)

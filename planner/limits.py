@@ -9,6 +9,10 @@ from chunkft_compile.planner.problem import Cost, Problem, Role, Step, Update
 # a spare step only made the search slower and its answers worse (measured on 14 segments: 10 % from the bound instead of 6 %).
 SMALL_SWEEP = 4
 
+# Close to the smallest budget a step holds a chunk or two, and a sweep has hundreds of steps. A model of them all takes minutes to build
+# and nothing comes of it; greedy then has the last word.
+MOST_CELLS = 4000
+
 
 def most_steps(problem: Problem, hint: Sequence[Step]) -> int:
     """How many steps the solver may use, never fewer than the hint has.

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from chunkft_compile.planner.bundling import Bundled, bundle
 from chunkft_compile.planner.cpsat import GAP, Answer, build, hint, solve
 from chunkft_compile.planner.drafts import Draft, Prefer, finish, rank
 from chunkft_compile.planner.explaining import budget_error, fits_at_all, steps_error
-from chunkft_compile.planner.greedy import greedy_steps, levelled_steps
+from chunkft_compile.planner.greedy import greedy_steps
 from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, weight_places
-from chunkft_compile.planner.limits import most_steps
+from chunkft_compile.planner.levelling import levelled_steps
+from chunkft_compile.planner.limits import MOST_CELLS, most_steps
 from chunkft_compile.planner.methods import METHODS, ingredients, method_problem, method_steps, option_names
 from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
 from chunkft_compile.planner.proving import least_sweep_us
@@ -25,7 +27,21 @@ def plan(
     seed: int = 0,
     workers: int = 4,
 ) -> Schedule:
-    """The best sweep found within the budget: the fastest, or with `prefer="fresh"` the one of the fewest steps.
+    """The best of `plans`."""
+    return plans(problem, prefer=prefer, max_steps=max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)[0]
+
+
+def plans(
+    problem: Problem,
+    *,
+    prefer: Prefer = "time",
+    max_steps: int | None = None,
+    time_limit_s: float = 5.0,
+    seed: int = 0,
+    workers: int = 4,
+    most: int = 1,
+) -> tuple[Schedule, ...]:
+    """At most `most` different sweeps found within the budget, best first: the fastest, or with `prefer="fresh"` that of the fewest steps.
 
     Never slower than greedy or any of `METHODS` under the same budget. Raises `BudgetError` where no schedule fits, or none of at
     most `max_steps` steps was found. The same arguments give the same schedule: `time_limit_s` is turned into an amount of work, and
@@ -39,12 +55,14 @@ def plan(
     known = [draft for draft in known_drafts(bundled.problem) if max_steps is None or len(draft.steps) <= max_steps]
     found = [(*finish(problem, draft, bundled), draft) for draft in known]
     best = min(found, key=lambda one: rank(one[0], prefer), default=None)
-    if best is not None:
+    solvable = best is None or len(best[0]) * len(problem.segments) <= MOST_CELLS
+    if best is not None and solvable:
         found += [(*finish(problem, draft, bundled), draft) for draft in _with_room_for_state(bundled.problem, best[2])]
         best = min(found, key=lambda one: rank(one[0], prefer))
     least = least_sweep_us(problem) if best else 0
-    status, gap = "OPTIMAL", 0.0 if best is None else _gap(least, best[0])
-    if best is None or gap > GAP or (prefer == "fresh" and len(best[0]) > 1):
+    gap = 0.0 if best is None else _gap(least, best[0])
+    status = "OPTIMAL" if solvable else "GREEDY"
+    if solvable and (best is None or gap > GAP or (prefer == "fresh" and len(best[0]) > 1)):
         draft = best[2] if best else None
         answer = _improve(bundled, draft, prefer, max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
         if answer.draft is not None:
@@ -55,10 +73,16 @@ def plan(
         best = min(found, key=lambda one: rank(one[0], prefer))
         gap = _gap(max(least, answer.bound_us - len(best[0]) * answer.step_us), best[0])
         status = "OPTIMAL" if gap <= GAP else answer.status
-    steps, places, _ = best
-    schedule = Schedule(problem.budget_nbytes, steps, places, status, gap, time.perf_counter() - start)
-    verify(problem, schedule)
-    return schedule
+    assert best is not None, "without a known plan the solver's is the one"
+    solve_s = time.perf_counter() - start
+    different = {steps: places for steps, places, _ in sorted(found, key=lambda one: rank(one[0], prefer))}
+    schedules = []
+    for steps, places in islice(different.items(), most):
+        own_status = status if steps == best[0] else "GREEDY"
+        own_gap = gap if steps == best[0] else _gap(least, steps)
+        schedules.append(Schedule(problem.budget_nbytes, steps, places, own_status, own_gap, solve_s))
+        verify(problem, schedules[-1])
+    return tuple(schedules)
 
 
 def plan_method(problem: Problem, name: str) -> Schedule | None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from chunkft_compile.planner.explaining import smallest_budget
-from chunkft_compile.planner.grounds import NO_TRANSFER, Ground, leanest
+from chunkft_compile.planner.grounds import NO_TRANSFER, Ground, Transfer, away_links, leanest
 from chunkft_compile.planner.options import best_step, smallest_for
 from chunkft_compile.planner.problem import Placement, Problem, Role
 
@@ -15,8 +15,8 @@ def least_sweep_us(problem: Problem) -> int:
     """No sweep of the problem takes less."""
     # as if the fastest place beside the device held everything
     problem = replace(problem, links=tuple(replace(link, capacity_nbytes=None) for link in problem.links))
-    several, single = _several_us(problem), _single_us(problem)
-    return several if single is None else min(single, several)
+    several, single = _passes_us(problem, 2), _single_us(problem)
+    return several if single is None else min(several, max(single, _passes_us(problem, 1)))
 
 
 def _saved_us(ground: Ground, room_nbytes: int) -> tuple[int, int]:
@@ -70,19 +70,33 @@ def _relaxed(problem: Problem) -> Ground:
     return replace(ground, fetch=segments, weight_in=chunks, weight_out=chunks)
 
 
-def _several_us(problem: Problem) -> int:
-    """A bound on sweeps of two or more steps: each runs the whole forward, one backward goes as deep as any, one as far as it must.
+def _passes_us(problem: Problem, steps: int) -> int:
+    """A bound on sweeps of one step, or of two or more, from compute and transfers alone.
 
-    State moves beside backwards and updates, never beside a forward.
+    Each step runs the whole forward, one backward goes as deep as any and another as far as it must. State moves beside backwards and
+    updates, never beside a forward; weights that the device cannot hold are fetched in every forward and in the deepest backward.
     """
     depths = {chunk.segment for chunk in problem.chunks}
-    backward = _backward_us(problem, min(depths)) + min(_backward_us(problem, depth) for depth in depths)
+    backward = _backward_us(problem, min(depths)) + (min(_backward_us(problem, depth) for depth in depths) if steps > 1 else 0)
     own = sum(chunk.grad_us + chunk.update_us for chunk in problem.chunks)
-    ground = leanest(problem)
+    ground, fetched = leanest(problem), _least_fetch(problem)
     saved_hidden, saved_exposed = _saved_us(ground, _state_room(problem, smallest_budget(problem)[0]))
     hidden = sum(move.hidden_us for move in ground.state_moves) - saved_hidden
     exposed = sum(move.exposed_us for move in ground.state_moves) - saved_exposed
-    return 2 * _forward_us(problem) + max(backward + own, hidden) + exposed
+    again = fetched if min(depths) == 0 else NO_TRANSFER
+    beside = Transfer(hidden, exposed) + again
+    return steps * fetched.with_compute(_forward_us(problem)) + beside.with_compute(backward + own)
+
+
+def _least_fetch(problem: Problem) -> Transfer:
+    """The least that one pass over all segments fetches: weights beyond what the budget leaves above the leanest ground."""
+    ground, links = leanest(problem), away_links(problem)
+    away = sum(s.weight_nbytes for s, place in zip(problem.segments, ground.places.weights, strict=True) if place is not Placement.DEVICE)
+    nbytes = away - (problem.budget_nbytes - ground.base_nbytes if Placement.DEVICE in problem.weights else 0)
+    if nbytes <= 0:
+        return NO_TRANSFER
+    us = min(link.read_us(nbytes) for link in links)
+    return Transfer(hidden_us=us) if any(link.overlaps for link in links) else Transfer(exposed_us=us)
 
 
 def _forward_us(problem: Problem) -> int:

@@ -6,6 +6,7 @@ once it is open and vanishes with the process.
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import tempfile
@@ -19,6 +20,8 @@ from typing import Protocol
 import torch
 
 from chunkft_compile.planner.problem import Link, Placement
+
+_TRIALS = 5
 
 
 class Store(Protocol):
@@ -158,15 +161,19 @@ def open_store(device: torch.device, directory: Path | None) -> Store:
     return FileStore(directory or Path(tempfile.gettempdir()))
 
 
+@functools.cache
 def measure_link(device: torch.device, directory: Path | None) -> Link:
-    """The way to such a store and its measured speed, on 2 MiB."""
+    """The way to such a store and its measured speed: the best of a few trials on 2 MiB, taken once, so that equal plans stay equal."""
     store = open_store(device, directory)
     sample = torch.ones(2**19, device=device)
     store.get(store.put("sample", sample), device)
-    start = time.perf_counter()
-    stand_in = store.put("sample", sample)
-    middle = time.perf_counter()
-    store.get(stand_in, device)
-    end = time.perf_counter()
+    reading, writing = [], []
+    for _ in range(_TRIALS):
+        start = time.perf_counter()
+        stand_in = store.put("sample", sample)
+        middle = time.perf_counter()
+        store.get(stand_in, device)
+        reading.append(time.perf_counter() - middle)
+        writing.append(middle - start)
     place = Placement.DISK if device.type == "cpu" else Placement.HOST
-    return Link(place, max(1, int(2**21 / (end - middle))), max(1, int(2**21 / (middle - start))))
+    return Link(place, max(1, int(2**21 / min(reading))), max(1, int(2**21 / min(writing))))

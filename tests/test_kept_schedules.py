@@ -65,7 +65,7 @@ def test_a_kept_schedule_runs_exactly(written: Path) -> None:
 
 
 def test_the_solver_is_not_asked(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("chunkft_compile.solving.plan")
+    monkeypatch.delattr("chunkft_compile.solving.plans")
     model, optimizer = _compiled(schedule=from_json(written.read_text(), Plan))
     _train(model, optimizer, 1)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chunkft_compile.cli import main
-from chunkft_compile.planner import Schedule, from_json
+from chunkft_compile.planner import Plan, from_json
 
 SHAPE = ["--batch", "2", "--seq", "16", "--device", "cpu", "--seconds", "1"]
 
@@ -32,7 +32,7 @@ def test_plan_then_train_in_the_smallest_budget(
     budget = smallest_budget(model_dir, capsys)
     plan = tmp_path / "plan.json"
     assert main(["plan", str(model_dir), "--budget", budget, "--json", str(plan), *SHAPE]) == 0
-    schedule = from_json(plan.read_text(), Schedule)
+    schedule = from_json(plan.read_text(), Plan).schedule
     assert schedule.peak_nbytes <= schedule.budget_nbytes == int(budget.removesuffix("B"))
     assert "plain AdamW needs " in capsys.readouterr().out
 

@@ -4,7 +4,8 @@ import functools
 
 from chunkft_compile.assembly import Rows, propagate
 from chunkft_compile.capture import Capture, capture
-from chunkft_compile.lowering import Demand, Lowering
+from chunkft_compile.codes import Demand
+from chunkft_compile.lowering import Lowering
 from chunkft_compile.segments import Segment, cut
 from tests import models
 

@@ -8,9 +8,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from chunkft_compile.codes import Code
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.liveness import Footprint, storages
-from chunkft_compile.lowering import OPTIONS, Code, Lowering
+from chunkft_compile.lowering import OPTIONS, Lowering
 from tests.compiler.joint import demands, lowered
 from tests.support.allocator import allocator_or_skip
 

@@ -27,8 +27,8 @@ def plan_by_hand(
 ) -> None:
     """From now on sessions get such schedules; where gradients accumulate, with HELD updates."""
 
-    def plan(problem: Problem, **settings: object) -> Schedule:
+    def plans(problem: Problem, **settings: object) -> tuple[Schedule, ...]:
         allowed = [update if update in problem.updates else Update.HELD for update in updates]
-        return schedule(problem, allowed, option=option, resident=resident, scattered=scattered)
+        return (schedule(problem, allowed, option=option, resident=resident, scattered=scattered),)
 
-    patch.setattr("chunkft_compile.solving.plan", plan)
+    patch.setattr("chunkft_compile.solving.plans", plans)

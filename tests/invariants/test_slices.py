@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import fx
 
 from chunkft_compile.assembly import Rows
-from chunkft_compile.lowering import OPTIONS, Code
+from chunkft_compile.codes import Code
+from chunkft_compile.lowering import OPTIONS
 from tests.conftest import Workshop
 from tests.invariants.harness import Bench, bench
 from tests.models import CASES, TRANSFORMERS, Case

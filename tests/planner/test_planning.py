@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from chunkft_compile.planner import planning
 from chunkft_compile.planner.grounds import leanest, settle, spread
 from chunkft_compile.planner.methods import METHODS, method_problem, method_steps, restrict
 from chunkft_compile.planner.options import fits
-from chunkft_compile.planner.planning import plan
+from chunkft_compile.planner.planning import plan, plans
 from chunkft_compile.planner.problem import BudgetError, Link, Placement, Problem, Role, Update
 from chunkft_compile.planner.verifying import verify
 from tests.planner.brute_force import fastest_sweep
@@ -128,3 +129,27 @@ def test_an_option_can_be_forced() -> None:
         restrict(transformer(2, 1.0), options=("magic",))
     with pytest.raises(ValueError, match="update immediate is not allowed here; allowed: held"):
         restrict(problem, updates=(Update.IMMEDIATE,))
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(chunks=4, modes=True))
+def test_a_larger_budget_never_gives_a_slower_sweep(problem: Problem) -> None:
+    times = []
+    for factor in (2, 3, 4, 6):
+        wider = replace(problem, budget_nbytes=problem.budget_nbytes * factor // 2)
+        if greedy_schedule(wider) is not None:
+            schedule = plan(wider, time_limit_s=1, workers=1)
+            assert schedule.status == "OPTIMAL"
+            times.append(schedule.sweep_us)
+    for narrow, wide in itertools.pairwise(times):
+        assert wide <= narrow * 1.003  # the search stops within 0.2 % of the best
+
+
+def test_other_plans_come_after_the_best() -> None:
+    problem = transformer(6, 0.5, tokens=1024)
+    found = plans(problem, time_limit_s=1, most=3)
+    assert 1 < len(found) <= 3
+    assert found[0] == replace(plan(problem, time_limit_s=1), solve_s=found[0].solve_s)
+    assert [schedule.sweep_us for schedule in found] == sorted(schedule.sweep_us for schedule in found)
+    assert len({schedule.steps for schedule in found}) == len(found)
+    assert [schedule.gap for schedule in found] == sorted(schedule.gap for schedule in found)
