@@ -1,7 +1,6 @@
 """`ChunkedModule`: the user's model, trained chunk by chunk under a byte budget."""
 
 import inspect
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,12 @@ from chunkft_compile.assembly import Assembled
 from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.planner import Plan, Prefer, Problem, Schedule, Update, to_json
+from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.session import Options, Session
-from chunkft_compile.solving import Solving, kept, read_plan
+from chunkft_compile.solving import Solving, kept, read_plan, write_plan
 
 _UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
 
@@ -46,6 +45,8 @@ def compile(
     store: str | Path | None = None,
     prefer: Prefer = "time",
     max_steps: int | None = None,
+    options: Sequence[str] | None = None,
+    state: Sequence[str] | None = None,
     solve_seconds: float = 5.0,
     seed: int = 0,
 ) -> "ChunkedModule":
@@ -60,8 +61,10 @@ def compile(
     "immediate" inside backward, each as soon as it is complete, which frees it at once (`optimizer.step()` is still called, after
     every backward); "auto" leaves it to the planner, step by step. `outputs="all"` keeps every output of the model through the
     backward, not only the loss. `store` is a directory for the optimizer state of inactive chunks (on a CPU; the default is the
-    system's temporary directory). The planner looks for the fastest sweep, or with `prefer="fresh"` for the one with the fewest steps, and
-    for no more than `max_steps` if given; `solve_seconds` and `seed` go to the solver.
+    system's temporary directory). The planner looks for the fastest sweep, or with `prefer="fresh"` for the one with the
+    fewest steps, and for no more than `max_steps` if given; `solve_seconds` and `seed` go to the solver. `options` ("save", "cheap",
+    "inputs", "offload", "tiled") and `state` ("device", "host", "disk") force ingredients: segments have only these options,
+    optimizer state only these places.
 
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
@@ -88,9 +91,16 @@ def compile(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, not {max_steps}")
     directory = Path(store) if store is not None else None
-    solving = Solving(solve_seconds, seed, prefer, max_steps)
-    options = Options(_budget(budget, plan, device), accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan)
-    return ChunkedModule(model, options)
+    solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state))
+    budget_nbytes = _budget(budget, plan, device)
+    return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan))
+
+
+def _places(names: Sequence[str] | None) -> tuple[Placement, ...] | None:
+    """Places by name, in their own order."""
+    if strange := [name for name in names or () if name not in tuple(Placement)]:
+        raise ValueError(f"state lives at {', '.join(Placement)}, not at {strange[0]!r}")
+    return tuple(place for place in Placement if place in names) if names else None
 
 
 def _budget(budget: str | int | None, plan: Plan | None, device: torch.device) -> int:
@@ -177,13 +187,7 @@ class ChunkedModule(nn.Module):
         session = self._session
         schedule = session.planned.schedule
         assert session.latest is not None, "a plan belongs to a signature"
-        text, target = to_json(kept(session.latest, schedule, accumulating=session.accumulating)), Path(path)
-        new = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            new.write_text(text, encoding="utf-8")
-            new.replace(target)
-        finally:
-            new.unlink(missing_ok=True)
+        write_plan(kept(session.latest, schedule, accumulating=session.accumulating), path)
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
         """Capture and solve for a batch of this shape without training. Same arguments as a training call."""

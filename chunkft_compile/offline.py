@@ -20,13 +20,15 @@ from chunkft_compile.capture import Capture, capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import Costs
 from chunkft_compile.deepening import deepen, is_a_stack, shallow_config
-from chunkft_compile.planner import Placement, Problem, Update, smallest_budget
+from chunkft_compile.planner import Fingerprint, Link, Placement, Plan, Problem, Schedule, Update, restrict, smallest_budget
 from chunkft_compile.planner.devices import Device
+from chunkft_compile.planner.grounds import room_on
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.roofline import RooflineCosts
 from chunkft_compile.runtime.chunks import chunk_limit_nbytes, split_parameters, storage_nbytes, with_blocks
 from chunkft_compile.runtime.modelled_optimizers import model_optimizer
 from chunkft_compile.segments import cut
+from chunkft_compile.solving import describe_inputs, dtypes_of, graph_hash
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the planner may choose from, and the capacity of the host (None: no limit)."""
+    """What the planner may choose from, and the capacity of the host (None: no limit).
+
+    None for `state` is every place, for `options` every option; see `planner.restrict` for their names.
+    `overlap` plans for an engine that copies while it computes, where the device can; the one in `runtime` waits for its copies.
+    """
 
     updates: tuple[Update, ...] = (Update.HELD,)
-    state: tuple[Placement, ...] = tuple(Placement)
+    state: tuple[Placement, ...] | None = None
     weights: tuple[Placement, ...] = (Placement.DEVICE,)
     host_nbytes: int | None = None
+    overlap: bool = False
+    options: tuple[str, ...] | None = None
 
 
 def read_config(source: str) -> Any:
@@ -126,17 +134,35 @@ class OfflineModel:
         if key not in self._cache:
             problem = self._problem(key[0], optimizer, accumulating=accumulating)
             self._cache[key] = self._deepened(problem, key[0], optimizer) if self._traced_layers < self.layers else problem
-        links = tuple(
-            replace(link, capacity_nbytes=choices.host_nbytes) if link.placement is Placement.HOST else link for link in self.device.links
-        )
-        return replace(
+        problem = replace(
             self._cache[key],
             budget_nbytes=budget_nbytes,
-            links=links,
+            links=tuple(_link(link, choices) for link in self.device.links),
             updates=choices.updates,
-            state=choices.state,
             weights=choices.weights,
         )
+        problem = restrict(problem, options=choices.options, state=choices.state)
+        _check_host(problem, choices)
+        return problem
+
+    def kept(self, problem: Problem, schedule: Schedule, optimizer: str) -> Plan:
+        """A schedule to keep, for the device that was modelled. Its peaks and times are the planner's bounds."""
+        traced = [(segment.name, segment.kind) for segment in cut(self._capture)]
+        # blocks between the first and the last one of the whole model are like the first
+        kinds = [traced[0][1], *(traced[1][1] for _ in problem.segments[1:-1]), traced[-1][1]]
+        same = len(problem.segments) == len(traced)
+        segments = traced if same else [(segment.name, kind) for segment, kind in zip(problem.segments, kinds, strict=True)]
+        made_for = Fingerprint(
+            graph=graph_hash(segments),
+            chunks=tuple(chunk.name for chunk in problem.chunks),
+            inputs=describe_inputs((), {"input_ids": self._ids, "labels": self._ids}),
+            dtype=dtypes_of(self.model.parameters()),
+            device=self.device.name,
+            optimizer=optimizer,
+            accumulating=problem.accumulating,
+            torch=str(torch.__version__),
+        )
+        return Plan(made_for, problem, schedule, lowered=False)
 
     def _trace(self, config: Any, shape: Shape, dtype: torch.dtype) -> None:
         """Capture the model of `config`, which is the one to plan for or a shallow one."""
@@ -186,8 +212,30 @@ def _check_length(config: Any, shape: Shape) -> None:
         raise ValueError(f"{shape.seq} tokens are longer than the {most} positions of {config.model_type}")
 
 
+def _link(link: Link, choices: Choices) -> Link:
+    """What a link of the device is to the engine that is planned for."""
+    capacity = choices.host_nbytes if link.placement is Placement.HOST else link.capacity_nbytes
+    return replace(link, capacity_nbytes=capacity, overlaps=link.overlaps and choices.overlap)
+
+
 def _check_choices(choices: Choices, device: Device) -> None:
     places = {Placement.DEVICE, *(link.placement for link in device.links)}
     for place in choices.weights:
         if place not in places:
             raise ValueError(f"{device.name} has no {place} beside it for weights: {', '.join(sorted(places))}")
+
+
+def _check_host(problem: Problem, choices: Choices) -> None:
+    """Whatever may go to the host and no further must have room there: nobody else takes it."""
+    host = next((link for link in problem.links if link.placement is Placement.HOST), None)
+    room = room_on(problem, host) if host is not None else None
+    sizes = {
+        "optimizer state": (problem.state, sum(chunk.state_nbytes for chunk in problem.chunks)),
+        "weights": (problem.weights, sum(segment.weight_nbytes for segment in problem.segments)),
+    }
+    bound = {what: nbytes for what, (places, nbytes) in sizes.items() if Placement.HOST in places and Placement.DISK not in places}
+    if room is not None and sum(bound.values()) > room:
+        raise ValueError(
+            f"{' and '.join(bound)} of {sum(bound.values())} bytes may go to the host and no further, which holds "
+            f"{choices.host_nbytes} bytes and has {room} left beside what segments may offload: allow the disk too, or a larger host"
+        )

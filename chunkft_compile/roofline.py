@@ -105,8 +105,10 @@ def flops(node: fx.Node) -> int:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return 0
-    packet = _SAME_FLOPS.get(target.overloadpacket, target.overloadpacket)
-    count = flop_registry.get(packet)
+    packet = target.overloadpacket
+    if operator_name(node) != packet.__name__:  # in place; the formulas know the operator that makes a result
+        packet = getattr(_aten, operator_name(node), packet)
+    count = flop_registry.get(_SAME_FLOPS.get(packet, packet))
     if count is None:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
@@ -118,6 +120,8 @@ def traffic_nbytes(node: fx.Node) -> int:
     name = operator_name(node)
     written = sum(_nbytes(tensor) for tensor in _tensors(node))
     arguments = [_nbytes(tensor) for source in node.all_input_nodes for tensor in _tensors(source)]
+    if name == "copy" and len(arguments) > 1:  # what is overwritten is not read
+        return written + arguments[1]
     if name in _GATHERS:
         return 2 * written + sum(arguments[1:])
     if name in _SCATTERS:

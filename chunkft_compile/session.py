@@ -30,7 +30,7 @@ from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
 from chunkft_compile.runtime.store import measure_link, open_store
 from chunkft_compile.runtime.sweep import Sweep
 from chunkft_compile.runtime.updates import Updater
-from chunkft_compile.solving import Solving, explained_error, given, solve
+from chunkft_compile.solving import Solving, describe_inputs, explained_error, given, solve
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -95,7 +95,7 @@ class Session:
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
             fixed = fixed_nbytes(self.model, found, batch)
-            self._compiled[key] = Compiled(found, fixed, self._costs, self._get_setting(), _describe(args, kwargs))
+            self._compiled[key] = Compiled(found, fixed, self._costs, self._get_setting(), describe_inputs(args, kwargs))
             while len(self._compiled) > _SIGNATURES:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
@@ -184,8 +184,9 @@ class Session:
             try:
                 schedule = solve(compiled, self.options.solving, accumulating=self.accumulating)
             except BudgetError as error:
-                if self.options.solving.max_steps is not None and error.smallest_nbytes <= self.options.budget_nbytes:
-                    raise  # there are schedules, none with so few steps
+                solving = self.options.solving
+                if solving.forced or (solving.max_steps is not None and error.smallest_nbytes <= self.options.budget_nbytes):
+                    raise  # there may be schedules, none with these ingredients or so few steps
                 raise self._budget_error(compiled) from None
         self.sweep = self.sweep.continued(schedule) if self.sweep else Sweep(schedule)
         self.latest = compiled
@@ -296,17 +297,6 @@ class Session:
                     f"an input of shape {tuple(leaf.shape)} is on {leaf.device}, the model is on {self.device}; "
                     f"move it: batch.to({str(self.device)!r})"
                 )
-
-
-def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Every leaf of a batch: where it is passed, and its dtype and shape, or its value."""
-    leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    texts = []
-    for path, leaf in leaves:
-        where = pytree.keystr(path[1:])
-        value = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-        texts.append(f"{where} {value}")
-    return tuple(texts)
 
 
 def _weakly(session: Session, method: str) -> Callable[..., Any]:

@@ -1,11 +1,15 @@
 """From a captured signature to a schedule: solved here, or one that was kept; and why a budget is refused."""
 
 import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import BudgetError
@@ -21,6 +25,8 @@ from chunkft_compile.planner import (
     check_fingerprint,
     from_json,
     plans,
+    restrict,
+    to_json,
     verify,
 )
 from chunkft_compile.planner.explaining import budget_error, hardest_step
@@ -32,12 +38,22 @@ _CLOSE = 1.1  # the times of the planner and of lowered programs differ by a few
 
 @dataclass(frozen=True)
 class Solving:
-    """How to solve: seconds of work, seed, what to prefer, the most steps of a sweep (None: no limit)."""
+    """How to solve: seconds of work, seed, what to prefer, the most steps of a sweep (None: no limit).
+
+    `options` and `state` force ingredients, as in `planner.restrict`; None leaves all of them.
+    """
 
     seconds: float = 5.0
     seed: int = 0
     prefer: Prefer = "time"
     max_steps: int | None = None
+    options: tuple[str, ...] | None = None
+    state: tuple[Placement, ...] | None = None
+
+    @property
+    def forced(self) -> bool:
+        """Whether ingredients are forced, which may need a larger budget than planning freely."""
+        return self.options is not None or self.state is not None
 
 
 def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> Schedule:
@@ -45,7 +61,7 @@ def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> Schedu
 
     The planner's best few are lowered: its times are bounds, and among plans that are close another may be the fastest.
     """
-    problem = compiled.problem(accumulating=accumulating)
+    problem = restrict(compiled.problem(accumulating=accumulating), options=solving.options, state=solving.state)
     found = plans(
         problem, prefer=solving.prefer, max_steps=solving.max_steps, time_limit_s=solving.seconds, seed=solving.seed, most=_LOWERED
     )
@@ -74,17 +90,37 @@ def explained_error(compiled: Compiled, problem: Problem, model: nn.Module) -> B
 def fingerprint(compiled: Compiled, *, accumulating: bool) -> Fingerprint:
     """What a schedule for this signature depends on."""
     setting = compiled.setting
-    segments = [(segment.name, segment.kind) for segment in compiled.segments]
     return Fingerprint(
-        graph=hashlib.sha256(repr(segments).encode()).hexdigest()[:16],
+        graph=graph_hash((segment.name, segment.kind) for segment in compiled.segments),
         chunks=tuple(chunk.name for chunk in setting.chunks),
         inputs=compiled.inputs,
-        dtype=", ".join(sorted({str(chunk.leaf.dtype).removeprefix("torch.") for chunk in setting.chunks})),
+        dtype=dtypes_of(chunk.leaf for chunk in setting.chunks),
         device=setting.device,
         optimizer=setting.optimizer.name,
         accumulating=accumulating,
         torch=str(torch.__version__),
     )
+
+
+def graph_hash(segments: Iterable[tuple[str, str]]) -> str:
+    """The hash of a model's graph: the name and the kind of every segment."""
+    return hashlib.sha256(repr(list(segments)).encode()).hexdigest()[:16]
+
+
+def dtypes_of(tensors: Iterable[torch.Tensor]) -> str:
+    """The dtypes there are, by name."""
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
+def describe_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every leaf of a batch: where it is passed, and its dtype and shape, or its value."""
+    leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    texts = []
+    for path, leaf in leaves:
+        where = pytree.keystr(path[1:])
+        value = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+        texts.append(f"{where} {value}")
+    return tuple(texts)
 
 
 def kept(compiled: Compiled, schedule: Schedule, *, accumulating: bool) -> Plan:
@@ -114,6 +150,17 @@ def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:
             f"this plan needs {schedule.peak_nbytes} bytes here, its budget is {problem.budget_nbytes}; plan again with this version"
         )
     return schedule
+
+
+def write_plan(planned: Plan, path: str | Path) -> None:
+    """Write a plan as JSON, in one move: a reader finds the old file or the new one."""
+    target = Path(path)
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        new.write_text(to_json(planned), encoding="utf-8")
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_plan(source: str | Path | Plan) -> Plan:

@@ -59,9 +59,9 @@ _SORT_BUFFERS = 6  # keys and positions before and after, and what the radix sor
 
 
 def operator_name(node: fx.Node) -> str:
-    """Without namespace and overload: "mm"."""
+    """Without namespace and overload: "mm". In place (`addmm_`) it is the same kernel, which writes over an argument: "addmm"."""
     target = node.target
-    return str(target.overloadpacket.__name__) if isinstance(target, torch._ops.OpOverload) else str(target)
+    return str(target.overloadpacket.__name__).removesuffix("_") if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
 def accelerator_nbytes(node: fx.Node) -> int | None:

@@ -4,7 +4,7 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, c
 from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.methods import method_problem, restrict
-from chunkft_compile.planner.planning import plan, plans
+from chunkft_compile.planner.planning import plan, plan_method, plans
 from chunkft_compile.planner.problem import (
     BudgetError,
     Chunk,
@@ -18,6 +18,7 @@ from chunkft_compile.planner.problem import (
     Schedule,
     Segment,
     Step,
+    StepsError,
     Update,
 )
 from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline, simulate
@@ -46,6 +47,7 @@ __all__ = [
     "Schedule",
     "Segment",
     "Step",
+    "StepsError",
     "Timeline",
     "Update",
     "VerifyError",
@@ -56,6 +58,7 @@ __all__ = [
     "method_problem",
     "place_state",
     "plan",
+    "plan_method",
     "plans",
     "restrict",
     "simulate",

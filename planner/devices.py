@@ -27,6 +27,7 @@ NOTE [links]
 Pinned copies reach about 25 GB/s over PCIe 4.0 x16 (31.5 GB/s on paper, less packet headers), twice that over 5.0, half of it over
 x8. The disk is a fast consumer SSD: 7.0 GB/s read on paper (Samsung 980 PRO data sheet); written 2.0 GB/s once its cache is full,
 which optimizer state, written at every switch, soon achieves. 5.0 GB/s is kept for reads through a file system.
+`overlaps` says what the hardware can do; offline planning counts on it only where it is told to (`offline.Choices.overlap`).
 """
 
 import os

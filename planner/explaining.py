@@ -6,7 +6,7 @@ from dataclasses import replace
 from chunkft_compile.planner.bounds import Load, loads
 from chunkft_compile.planner.grounds import Ground, leanest
 from chunkft_compile.planner.options import best_step, fits, smallest_for
-from chunkft_compile.planner.problem import BudgetError, Chunk, Placement, Problem, Step, Update
+from chunkft_compile.planner.problem import BudgetError, Chunk, Placement, Problem, Step, StepsError, Update
 from chunkft_compile.planner.units import format_nbytes
 
 
@@ -55,11 +55,11 @@ def budget_error(problem: Problem, *, streaming: bool = True) -> BudgetError:
     return BudgetError("\n".join(lines), smallest_nbytes=nbytes, binding=load.name)
 
 
-def steps_error(problem: Problem, max_steps: int, *, proven: bool) -> BudgetError:
+def steps_error(problem: Problem, max_steps: int, *, proven: bool) -> StepsError:
     """The error where a budget has schedules, but none with so few steps."""
     found = "none exists" if proven else "none was found in the time given"
     nbytes = smallest_budget(problem)[0]
-    return BudgetError(
+    return StepsError(
         f"no schedule of at most {max_steps} steps fits {format_nbytes(problem.budget_nbytes)} ({problem.budget_nbytes} bytes): {found}; "
         f"give more bytes or more steps (without a limit on steps {format_nbytes(nbytes, up=True)} is enough)",
         smallest_nbytes=nbytes,

@@ -36,16 +36,20 @@ def restrict(
     kept = problem if options is None else replace(problem, kinds=tuple(_only(kind, options) for kind in problem.kinds))
     for name in options or ():
         if not any(_named(cost.option, name) for kind in problem.kinds for cost in kind.costs):
-            known = sorted({cost.option for kind in problem.kinds for cost in kind.costs})
-            raise ValueError(f"no segment has an option {name!r}; there are {', '.join(known)}")
+            raise ValueError(f"no segment has an option {name!r}; there are {', '.join(option_names(problem))}")
     for what, wanted, there in (
         ("update", updates, problem.updates),
-        ("place of optimizer state", state, problem.state),
-        ("place of weights", weights, problem.weights),
+        ("place of optimizer state", state, _reachable(problem, problem.state)),
+        ("place of weights", weights, _reachable(problem, problem.weights)),
     ):
         if wanted is not None and not set(wanted) <= set(there):
             raise ValueError(f"{what} {', '.join(sorted(set(wanted) - set(there)))} is not allowed here; allowed: {', '.join(there)}")
     return replace(kept, updates=updates or problem.updates, state=state or problem.state, weights=weights or problem.weights)
+
+
+def option_names(problem: Problem) -> list[str]:
+    """Every option that some segment has in some role."""
+    return sorted({cost.option for kind in problem.kinds for cost in kind.costs})
 
 
 def _named(option: str, name: str) -> bool:
@@ -113,6 +117,13 @@ METHODS = {
 """Points of DESIGN.md section 1 by name."""
 
 
+def ingredients(name: str) -> str:
+    """What a method fixes, in words."""
+    method = METHODS[name]
+    fixed = [("updates", method.updates), ("options", method.options), ("state on", method.state)]
+    return ", ".join([*(f"{what} {' or '.join(values)}" for what, values in fixed if values), "weights on device"])
+
+
 def method_steps(ground: Ground, name: str) -> tuple[Step, ...] | None:
     """The sweep of a method on this ground: the first of its cuts whose steps all fit; None where it has none or is not allowed.
 
@@ -128,7 +139,7 @@ def method_steps(ground: Ground, name: str) -> tuple[Step, ...] | None:
 def method_problem(problem: Problem, name: str) -> Problem | None:
     """The problem with only the ingredients of a method; None where the problem does not allow or have one of them."""
     method = METHODS[name]
-    state = method.state and tuple(place for place in method.state if place in problem.state and _reachable(problem, place))
+    state = method.state and tuple(place for place in method.state if place in _reachable(problem, problem.state))
     if state == ():
         return None
     try:
@@ -137,5 +148,7 @@ def method_problem(problem: Problem, name: str) -> Problem | None:
         return None
 
 
-def _reachable(problem: Problem, place: Placement) -> bool:
-    return place is Placement.DEVICE or any(link.placement is place for link in problem.links)
+def _reachable(problem: Problem, places: tuple[Placement, ...]) -> tuple[Placement, ...]:
+    """The device, and what a link leads to."""
+    there = {Placement.DEVICE, *(link.placement for link in problem.links)}
+    return tuple(place for place in places if place in there)

@@ -12,7 +12,7 @@ from chunkft_compile.planner.greedy import greedy_steps
 from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, weight_places
 from chunkft_compile.planner.levelling import levelled_steps
 from chunkft_compile.planner.limits import MOST_CELLS, most_steps
-from chunkft_compile.planner.methods import METHODS, method_problem, method_steps
+from chunkft_compile.planner.methods import METHODS, ingredients, method_problem, method_steps, option_names
 from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
 from chunkft_compile.planner.proving import least_sweep_us
 from chunkft_compile.planner.verifying import verify
@@ -83,6 +83,28 @@ def plans(
         schedules.append(Schedule(problem.budget_nbytes, steps, places, own_status, own_gap, solve_s))
         verify(problem, schedules[-1])
     return tuple(schedules)
+
+
+def plan_method(problem: Problem, name: str) -> Schedule | None:
+    """The sweep of exactly one of `METHODS`, with all weights on the device; None where it does not fit the budget.
+
+    The gap is that to the fastest sweep of the problem. Raises `ValueError` where the problem lacks an ingredient of the method.
+    """
+    start = time.perf_counter()
+    method = method_problem(problem, name)
+    if method is None or Placement.DEVICE not in problem.weights:
+        raise ValueError(
+            f"{name} needs {ingredients(name)}; there are updates {', '.join(problem.updates)}, state on {', '.join(problem.state)}, "
+            f"weights on {', '.join(problem.weights)}, and options {', '.join(option_names(problem))}"
+        )
+    steps = method_steps(settle(method, spread(method, on_device(method))), name)
+    if steps is None:
+        return None
+    steps, places = finish(method, Draft(steps, on_device(method)))
+    gap = _gap(least_sweep_us(problem), steps)
+    schedule = Schedule(problem.budget_nbytes, steps, places, "FEASIBLE", gap, time.perf_counter() - start)
+    verify(method, schedule)
+    return schedule
 
 
 def known_drafts(problem: Problem) -> Iterator[Draft]:

@@ -311,3 +311,7 @@ class BudgetError(ValueError):
         super().__init__(message)
         self.smallest_nbytes = smallest_nbytes
         self.binding = binding
+
+
+class StepsError(BudgetError):
+    """No schedule of so few steps fits. `smallest_nbytes` is the smallest budget without a limit on steps."""

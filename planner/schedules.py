@@ -1,10 +1,10 @@
 """Schedules and problems as text: JSON to keep, a table to read."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from enum import StrEnum
-from itertools import groupby
 from types import GenericAlias, NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -14,7 +14,7 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, Places, Problem, Schedule, Segment, Step
 from chunkft_compile.planner.residency import transfer_us
-from chunkft_compile.planner.units import format_nbytes
+from chunkft_compile.planner.units import format_nbytes, format_us
 
 VERSION = 2
 
@@ -81,7 +81,7 @@ def _read_fields(value: Any, wanted: Any, where: str) -> Any:
 def format_schedule(problem: Problem, schedule: Schedule) -> str:
     """A table with a row per step, then the totals."""
     rows = [_row(problem, step, f"{number}/{len(schedule.steps)}") for number, step in enumerate(schedule.steps, 1)]
-    headers = ("step", "chunks", "trains", "segments", "depth", "options", "update", "peak", "ms")
+    headers = ("step", "chunks", "trains", "segments", "depth", "options", "update", "peak", "time")
     align = ("right", "right", "right", "left", "left", "left", "left", "right", "right")
     table = tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
     return "\n".join([*(line.rstrip() for line in table.splitlines()), "", *_totals(problem, schedule)])
@@ -89,16 +89,21 @@ def format_schedule(problem: Problem, schedule: Schedule) -> str:
 
 def _row(problem: Problem, step: Step, number: str) -> tuple[str, ...]:
     chunks = [problem.chunks[index] for index in step.chunks]
-    depth = problem.segments[depth_of(problem, step.chunks)].name
+    lowest = depth_of(problem, step.chunks)
+    depth = problem.segments[lowest].name
     trained = compress([problem.segments[s].name for s in sorted({chunk.segment for chunk in chunks})])
     trains = format_nbytes(sum(chunk.grad_nbytes for chunk in chunks))
-    peak, ms = format_nbytes(step.peak_nbytes), f"{step.us / 1e3:.1f}"
-    return number, str(len(chunks)), trains, trained, depth, _options(step.options), step.update, peak, ms
+    peak, time = format_nbytes(step.peak_nbytes), format_us(step.us)
+    return number, str(len(chunks)), trains, trained, depth, _options(step.options[lowest:]), step.update, peak, time
 
 
 def _options(options: Sequence[str]) -> str:
-    """Runs of equal options, from the lowest segment up."""
-    return ", ".join(f"{len(list(run))} {option}" for option, run in groupby(options))
+    """How many segments have which option. Those below the depth are not among them: they keep nothing, whatever their option is.
+
+    >>> _options(["save", "cheap", "cheap", "save", "save", "tiled 8"])
+    '3 save, 2 cheap, 1 tiled 8'
+    """
+    return ", ".join(f"{count} {option}" for option, count in Counter(options).items())
 
 
 def compress(names: Sequence[str]) -> str:
@@ -120,11 +125,11 @@ def _follows(name: str, following: str) -> bool:
 def _totals(problem: Problem, schedule: Schedule) -> list[str]:
     state = _by_place(schedule.places.state, [chunk.state_nbytes for chunk in problem.chunks])
     weights = _by_place(schedule.places.weights, [segment.weight_nbytes for segment in problem.segments])
-    moving_s = transfer_us(problem, schedule.places) / 1e6
+    moving = format_us(transfer_us(problem, schedule.places))
     return [
-        f"{schedule.status}, gap {schedule.gap:.1%}, T = {len(schedule.steps)}, {schedule.sweep_us / 1e6:.3f} s per sweep, "
+        f"{schedule.status}, gap {schedule.gap:.1%}, T = {len(schedule.steps)}, {format_us(schedule.sweep_us)} per sweep, "
         f"peak {format_nbytes(schedule.peak_nbytes)} of {format_nbytes(schedule.budget_nbytes)}",
-        f"optimizer state: {state} ({moving_s:.3f} s of transfers per sweep)",
+        f"optimizer state: {state} ({moving} of transfers per sweep)",
         *([f"weights that can move: {weights}"] if problem.weights != (Placement.DEVICE,) else []),
     ]
 

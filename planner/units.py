@@ -1,4 +1,4 @@
-"""Bytes for people."""
+"""Bytes and times for people."""
 
 from fractions import Fraction
 
@@ -19,3 +19,12 @@ def format_nbytes(nbytes: int, *, up: bool = False) -> str:
             break
     whole, rest = divmod(ticks, 10**digits)
     return f"{sign}{whole}.{rest:0{digits}} {name}" if digits else f"{sign}{whole} {name}"
+
+
+def format_us(us: int) -> str:
+    """A time for people, to three or four digits: "850 us", "92.0 ms", "1.077 s", "131.5 s"."""
+    if us < 1000:
+        return f"{us} us"
+    if us < 999_500:
+        return f"{us / 1e3:.1f} ms" if us < 99_950 else f"{us / 1e3:.0f} ms"
+    return f"{us / 1e6:.3f} s" if us < 9_999_500 else f"{us / 1e6:.2f} s" if us < 99_995_000 else f"{us / 1e6:.1f} s"

@@ -13,12 +13,14 @@ import torch
 
 from chunkft_compile.cli import fit, pareto, plan, train
 from chunkft_compile.errors import BudgetError, CaptureError, TrainingError
+from chunkft_compile.planner import StepsError
 
 _EPILOG = """\
 examples:
   chunkft plan ./SmolLM2-135M --budget 1.2GB --batch 1 --seq 256
   chunkft train ./SmolLM2-135M --data notes.txt --budget 1.2GB --out ./tuned
   chunkft train model.gguf --data pairs.jsonl --budget 80% --out ./tuned --steps 200
+  chunkft train model.gguf --data pairs.jsonl --schedule plan.json --out ./tuned
   chunkft fit llama-3-8b --device rtx4090 --seq 1024
   chunkft pareto llama-3-8b --device rtx4090 --seq 1024
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, BudgetError):
+    if isinstance(error, BudgetError) and not isinstance(error, StepsError):  # that one says its way out
         # in bytes: a rounded figure handed back as a budget could be too small again
         way_out = f"bound by {error.binding}; the smallest that does: --budget {error.smallest_nbytes}B"
         return f"{str(error).splitlines()[0]} ({way_out})"

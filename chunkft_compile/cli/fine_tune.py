@@ -13,7 +13,9 @@ from chunkft_compile.cli.memory import PeakWatch
 from chunkft_compile.cli.options import pick_device
 from chunkft_compile.cli.planned import PlanConfig, planned_model, say
 from chunkft_compile.data import Example, Sequences, encode, read_examples, shuffled_batches, split
+from chunkft_compile.planner import Plan, Update
 from chunkft_compile.pretrained import check_model, check_out, load_tokenizer, save_model
+from chunkft_compile.solving import read_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +26,14 @@ MEASURED_SWEEPS = 2
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run, in the words of `chunkft train --help`. `steps` overrides `epochs`; `eval_data` overrides `eval_fraction`."""
+    """A run, in the words of `chunkft train --help`. `steps` overrides `epochs`; `eval_data` overrides `eval_fraction`.
+
+    `budget` may be None where there is a `schedule`, which has one. None for `update` and `prefer` is "held" and "time".
+    """
 
     model: Path
     data: Path
-    budget: str | int
+    budget: str | int | None
     out: Path
     eval_data: Path | None = None
     eval_fraction: float = 0.05
@@ -48,6 +53,10 @@ class TrainConfig:
     seed: int = 0
     solve_seconds: float = 5.0
     measure: bool = False
+    schedule: Path | None = None
+    update: str | None = None
+    prefer: str | None = None
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class _Files:
 
     device: torch.device
     budget_nbytes: int
+    schedule: Plan | None
     examples: list[Example]
     eval_examples: list[Example] | None
 
@@ -106,14 +116,64 @@ def fine_tune(config: TrainConfig) -> TrainReport:
 
 def _check(config: TrainConfig) -> _Files:
     device = pick_device(config.device)
-    budget = parse_budget(config.budget, device)
+    schedule = None if config.schedule is None else _read_schedule(config, config.schedule)
+    budget = _budget_nbytes(config, device, schedule)
+    _refuse_unheld(config, schedule)
     examples = read_examples(config.data)
     eval_examples = None if config.eval_data is None else read_examples(config.eval_data)
     check_model(config.model)
     if config.out.resolve() == config.model.resolve():
         raise ValueError(f"output directory {config.out} is the model itself: pass another --out")
     check_out(config.out, overwrite=config.overwrite)
-    return _Files(device, budget, examples, eval_examples)
+    return _Files(device, budget, schedule, examples, eval_examples)
+
+
+def _read_schedule(config: TrainConfig, path: Path) -> Plan:
+    """The kept plan. Raises `ValueError` for one that cannot be read, and for choices that were made when it was planned."""
+    given = {"--update": config.update, "--prefer": config.prefer, "--max-steps": config.max_steps}
+    if wrong := [option for option, value in given.items() if value is not None]:
+        raise ValueError(f"--schedule {path} was planned already: leave {wrong[0]} out, or give it to chunkft plan --json")
+    schedule = read_plan(path)
+    if not schedule.lowered:
+        raise ValueError(
+            f"--schedule {path} was planned for {schedule.fingerprint.device}, a device that was not here: "
+            f"plan on the device to train on (chunkft plan MODEL --budget ... --json FILE)"
+        )
+    return schedule
+
+
+def _budget_nbytes(config: TrainConfig, device: torch.device, schedule: Plan | None) -> int:
+    """The budget given, that of the schedule, or both where they agree."""
+    if schedule is None:
+        if config.budget is None:
+            raise ValueError(f'--budget is needed: memory on {device}, as "14GB"; or a --schedule that has one')
+        return parse_budget(config.budget, device)
+    planned = schedule.schedule.budget_nbytes
+    if config.budget is not None and parse_budget(config.budget, device) != planned:
+        raise ValueError(
+            f"--budget {config.budget} is not that of --schedule {config.schedule}, {planned}B: leave --budget out, or plan for it"
+        )
+    return planned
+
+
+def _refuse_unheld(config: TrainConfig, schedule: Plan | None) -> None:
+    """Clipping and accumulation need gradients that are held; where some may be applied inside backward, say so before training."""
+    if schedule is not None and any(step.update is Update.IMMEDIATE for step in schedule.schedule.steps):
+        what, otherwise = f"--schedule {config.schedule} has IMMEDIATE updates, which apply", "plan with --update held"
+    elif config.update in ("auto", "immediate"):
+        what, otherwise = f"--update {config.update} may apply", "--update held"
+    else:
+        return
+    if config.clip:
+        raise ValueError(
+            f"{what} each gradient inside backward, before the norm of all is known, and --clip {config.clip:g} needs it: "
+            f"pass --clip 0, or {otherwise}"
+        )
+    if config.accumulate > 1:
+        raise ValueError(
+            f"{what} each gradient inside backward, and --accumulate {config.accumulate} adds them up over batches: "
+            f"leave it out (a larger --batch does the same), or {otherwise}"
+        )
 
 
 def _sequences(config: TrainConfig, files: _Files, tokenizer: "PreTrainedTokenizerBase") -> tuple[Sequences, Sequences | None]:
@@ -142,12 +202,24 @@ def _loop_config(config: TrainConfig, budget_nbytes: int, sequences: int) -> Loo
 
 def _compile(config: TrainConfig, files: _Files, steps: int) -> tuple[Any, int]:
     """The compiled model, planned for the shape of every batch to come, and the peak of plain AdamW for the same."""
-    shape = (config.batch, config.seq, config.accumulate)
-    model, plain_nbytes = planned_model(
-        PlanConfig(config.model, files.budget_nbytes, files.device, config.dtype, *shape, config.solve_seconds, config.seed)
+    planning = PlanConfig(
+        config.model,
+        files.budget_nbytes,
+        files.device,
+        config.dtype,
+        config.batch,
+        config.seq,
+        config.accumulate,
+        config.solve_seconds,
+        config.seed,
+        update=config.update or "held",
+        prefer=config.prefer or "time",
+        max_steps=config.max_steps,
+        schedule=files.schedule,
     )
+    model, plain_nbytes = planned_model(planning)
     sweep, peak = len(model.schedule.steps), format_nbytes(model.schedule.peak_nbytes)
-    say(f"plan: {sweep} steps a sweep, predicted peak {peak} of {format_nbytes(files.budget_nbytes)}")
+    say(f"plan: {sweep} step{'s' if sweep > 1 else ''} a sweep, predicted peak {peak} of {format_nbytes(files.budget_nbytes)}")
     say(f"plan: plain AdamW needs {format_nbytes(plain_nbytes)} (computed)")
     if steps < sweep:
         say(f"note: {steps} steps do not complete a sweep of {sweep}; some parameters keep their values")

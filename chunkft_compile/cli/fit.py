@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     seq = grain * largest(lambda n: need(args.batch, n * grain), budget, start=args.seq // grain, most=positions // grain)
     limit = " (all positions of the model)" if seq == positions else f" (in steps of {grain})" if grain > 1 else ""
     print(f"longest sequence in batches of {args.batch}: {seq or 'none'}{limit}")
-    say_modelled(model)
+    say_modelled(model, question.choices)
     return 0 if fits else 2
 
 

@@ -7,36 +7,14 @@ from pathlib import Path
 import torch
 
 from chunkft_compile.budget import format_nbytes, parse_amount
+from chunkft_compile.cli.choices import REACH, UPDATES, add_ingredients, add_optimizer, add_places, add_update
 from chunkft_compile.cli.options import DTYPES, at_least
 from chunkft_compile.cli.planned import say
 from chunkft_compile.offline import Choices, OfflineModel, Shape, read_config
-from chunkft_compile.planner import Placement, Problem, Update
+from chunkft_compile.planner import Placement, Problem
 from chunkft_compile.planner.devices import DEVICES, Device, find_device
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.roofline import RooflineCosts
-from chunkft_compile.runtime.modelled_optimizers import OPTIMIZERS
-
-UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
-_REACH = {
-    "device": (Placement.DEVICE,),
-    "host": (Placement.DEVICE, Placement.HOST),
-    "disk": (Placement.DEVICE, Placement.HOST, Placement.DISK),
-}
-
-
-def add_choices(parser: argparse.ArgumentParser) -> None:
-    """What the planner may choose from."""
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="torch optimizer (default: adamw)")
-    parser.add_argument(
-        "--update",
-        choices=UPDATES,
-        default="held",
-        help="when gradients are applied: held until step(), immediate inside backward, auto for the better (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--weights", choices=_REACH, default="device", help="how far away weights may live between uses (default: %(default)s)"
-    )
-    parser.add_argument("--host-memory", metavar="BYTES", help='most bytes kept in host memory, as "64GB" (default: no limit)')
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +26,10 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=at_least(1), default=1, metavar="N", help="batches per optimizer step (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_choices(parser)
+    add_optimizer(parser)
+    add_update(parser)
+    add_ingredients(parser)
+    add_places(parser)
 
 
 def is_offline(model: Path, device: str | None) -> bool:
@@ -86,15 +67,16 @@ class Question:
     def of(args: argparse.Namespace) -> "Question":
         """From parsed options. Raises `ValueError`."""
         device = find_device(args.device)
-        if args.accumulate > 1 and args.update != "held":
+        update = args.update or "held"
+        if args.accumulate > 1 and update != "held":
             raise ValueError(
                 f"--accumulate {args.accumulate} needs --update held: gradients that add up over batches cannot be applied at once"
             )
         host = parse_amount(args.host_memory, "--host-memory") if args.host_memory is not None else None
-        reach = _REACH[args.weights]
+        reach = REACH[args.weights]
         if args.weights == "disk" and not device.accelerator:  # on a CPU, the host is the device
             reach = (Placement.DEVICE, Placement.DISK)
-        choices = Choices(UPDATES[args.update], weights=reach, host_nbytes=host)
+        choices = Choices(UPDATES[update], args.state, reach, host, args.overlap, args.options)
         return Question(str(args.model), device, DTYPES[args.dtype], args.optimizer or "adamw", choices, args.accumulate > 1)
 
     def capture(self, shape: Shape) -> OfflineModel:
@@ -108,7 +90,8 @@ class Question:
     def describe(self, shape: Shape) -> str:
         """What is planned, in one line."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.model}, {shape.batch} x {shape.seq} tokens, {dtype}, {self.optimizer}, on {self.device.title}"
+        copies = ", with copies beside compute" if self.choices.overlap else ""
+        return f"{self.model}, {shape.batch} x {shape.seq} tokens, {dtype}, {self.optimizer}, on {self.device.title}{copies}"
 
 
 def offline_budget(text: str | None, device: Device) -> int:
@@ -126,9 +109,11 @@ def offline_budget(text: str | None, device: Device) -> int:
     return budget
 
 
-def say_modelled(model: OfflineModel) -> None:
+def say_modelled(model: OfflineModel, choices: Choices) -> None:
     """No reader should take this for a measurement."""
     device = model.device
+    if choices.overlap and any(link.overlaps for link in device.links):
+        print("copies beside compute are what the link allows: the runtime of this version waits for its copies")
     print(f"modelled, not measured: times and temporaries of {device.title}; source: {device.source}")
     if isinstance(model.costs, RooflineCosts) and model.costs.unknown:
         print(f"no rule for the temporaries of {', '.join(sorted(model.costs.unknown))}: taken to be as large as their results")

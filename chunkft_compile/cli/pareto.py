@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append([format_nbytes(budget), "-", "-", "-", f"no: its chunks need {format_nbytes(error.smallest_nbytes, up=True)}", ""])
     print(tabulate(rows, headers=["budget", "T", "s per sweep", "peak", "status", ""], disable_numparse=True))
     print(f"{question.describe(shape)}; the smallest budget is bound by {binding}")
-    say_modelled(model)
+    say_modelled(model, question.choices)
     return 0
 
 

@@ -10,13 +10,17 @@ import torch
 import chunkft_compile
 from chunkft_compile.budget import format_nbytes
 from chunkft_compile.cli.loop import build_optimizer
+from chunkft_compile.planner import Placement, Plan
 from chunkft_compile.pretrained import load_weights
 from chunkft_compile.runtime.modelled_optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """A model, the shape of its batches, and the budget it has to stay within."""
+    """A model, the shape of its batches, and the budget it has to stay within; or a `schedule` that was kept, which is run as it is.
+
+    `update`, `prefer`, `max_steps`, `options` and `state` are those of `chunkft_compile.compile`.
+    """
 
     model: Path
     budget_nbytes: int
@@ -28,6 +32,12 @@ class PlanConfig:
     solve_seconds: float
     seed: int
     optimizer: str | None = None  # None: the one that `chunkft train` trains with
+    update: str = "held"
+    prefer: str = "time"
+    max_steps: int | None = None
+    options: tuple[str, ...] | None = None
+    state: tuple[Placement, ...] | None = None
+    schedule: Plan | None = None
 
 
 def planned_model(config: PlanConfig) -> tuple[Any, int]:
@@ -37,14 +47,19 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
     positions = getattr(network.config, "max_position_embeddings", config.seq)
     if config.seq > positions:
         raise ValueError(f"--seq {config.seq} is longer than the {positions} positions of {config.model}")
-    say(f"planning for {format_nbytes(config.budget_nbytes)}, batches of {config.batch} x {config.seq} tokens")
-    model = chunkft_compile.compile(
-        network,
-        budget=config.budget_nbytes,
-        accumulation=config.accumulate > 1,
-        solve_seconds=config.solve_seconds,
-        seed=config.seed,
-    )
+    how = "following the schedule for" if config.schedule else "planning for"
+    say(f"{how} {format_nbytes(config.budget_nbytes)}, batches of {config.batch} x {config.seq} tokens")
+    given: dict[str, Any] = {
+        "budget": config.budget_nbytes,
+        "accumulation": config.accumulate > 1,
+        "solve_seconds": config.solve_seconds,
+        "seed": config.seed,
+    }
+    if config.schedule is not None:
+        given["schedule"] = config.schedule
+    else:
+        given |= {name: getattr(config, name) for name in ("update", "prefer", "max_steps", "options", "state")}
+    model = chunkft_compile.compile(network, **given)
     model.train()
     # memory and time depend on the shape of a batch, not on which tokens it holds
     ids = torch.zeros(config.batch, config.seq, dtype=torch.int64, device=config.device)

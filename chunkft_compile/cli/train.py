@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from chunkft_compile.cli.choices import add_search, add_update
 from chunkft_compile.cli.fine_tune import TrainConfig, fine_tune
 from chunkft_compile.cli.options import DTYPES, add_common, at_least, between
 
@@ -18,8 +19,11 @@ data:
 examples:
   chunkft train ./SmolLM2-135M --data notes.txt --budget 1.2GB --out ./tuned --seq 256
   chunkft train model.gguf --data pairs.jsonl --budget 80% --out ./tuned --steps 200 --accumulate 8
+  chunkft train ./SmolLM2-135M --data notes.txt --schedule plan.json --out ./tuned --seq 256
+  chunkft train ./SmolLM2-135M --data notes.txt --budget 1GB --update auto --clip 0 --out ./tuned
   chunkft train ./model --data train.txt --eval-data heldout.txt --budget 13.5GiB --out ./tuned --epochs 2
 
+With --update immediate or auto, gradients are applied inside backward: there is no clipping (--clip 0) and no accumulation.
 The result loads with AutoModelForCausalLM.from_pretrained("./tuned"). Ctrl-C saves nothing."""
 
 
@@ -32,7 +36,12 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_common(parser)
+    add_common(parser, budget_required=False)
+    parser.add_argument(
+        "--schedule", type=Path, metavar="FILE", help="run this plan, which chunkft plan --json wrote, under its own budget"
+    )
+    add_update(parser)
+    add_search(parser)
     _add_files(parser)
     _add_training(parser)
     parser.set_defaults(run=run)
@@ -102,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             solve_seconds=args.seconds,
             measure=args.measure,
+            schedule=args.schedule,
+            update=args.update,
+            prefer=args.prefer,
+            max_steps=args.max_steps,
         )
     )
     return 0

@@ -52,7 +52,7 @@ class FakeModel(nn.Module):
         self.module.save_pretrained(directory)
 
 
-def compile_fake(module: nn.Module, *, budget: int, accumulation: bool, solve_seconds: float, seed: int) -> FakeModel:
+def compile_fake(module: nn.Module, *, budget: int, **_: Any) -> FakeModel:
     """As `chunkft_compile.compile`."""
     if budget < SMALLEST_NBYTES:
         raise BudgetError(f"no plan within {budget} bytes", smallest_nbytes=SMALLEST_NBYTES, binding="backward of block 0")

@@ -1,6 +1,5 @@
 """`plan` for a device that is not here, `fit` and `pareto`: answers, exit codes, and one-line refusals."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from chunkft_compile.cli import main
 from chunkft_compile.cli.fit import largest
 from chunkft_compile.cli.pareto import budgets
 from chunkft_compile.offline import Choices, OfflineModel, Shape, read_config, smallest_offline
-from chunkft_compile.planner import Schedule, from_json
+from chunkft_compile.planner import Placement, Plan, from_json
 from chunkft_compile.planner.devices import find_device
 
 Capture = pytest.CaptureFixture[str]
@@ -48,9 +47,68 @@ def test_plan_for_a_card_says_that_it_is_modelled(config_file: Path, tmp_path: P
     said = capsys.readouterr()
     assert "modelled, not measured: times and temporaries of NVIDIA GeForce RTX 4090" in said.out
     assert "the memory of rtx4090, less" in said.err
-    schedule = from_json(file.read_text(), Schedule)
-    assert schedule.peak_nbytes <= schedule.budget_nbytes < 24 * 10**9
-    assert json.loads(file.read_text())["type"] == "Schedule"
+    kept = from_json(file.read_text(), Plan)
+    assert kept.schedule.peak_nbytes <= kept.schedule.budget_nbytes == kept.problem.budget_nbytes < 24 * 10**9
+    assert (kept.lowered, kept.fingerprint.device, kept.fingerprint.optimizer) == (False, "rtx4090", "adamw")
+    assert list(tmp_path.iterdir()) == [file]
+    files = ["--data", "none.txt", "--out", str(tmp_path / "out")]
+    assert main(["train", str(config_file.parent), "--device", "cpu", *files, "--schedule", str(file)]) == 1
+    assert f"--schedule {file} was planned for rtx4090, a device that was not here: plan on the device" in error_line(capsys)
+
+
+def test_forced_ingredients_reach_the_plan(config_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["plan", str(config_file), "--device", "rtx4090", "--seq", "16", "--budget", "700kB", "--seconds", "1", "--json", str(file)]
+    forced = ["--options", "inputs", "--state", "host,disk", "--update", "auto", "--max-steps", "1", "--overlap"]
+    assert main([*arguments, *forced]) == 0
+    said = capsys.readouterr()
+    kept = from_json(file.read_text(), Plan)
+    assert len(kept.schedule.steps) == 1
+    assert {*kept.schedule.steps[0].options[1:-1]} == {"inputs"}  # all blocks
+    assert {*kept.schedule.places.state} == {Placement.HOST}
+    assert [link.overlaps for link in kept.problem.links] == [True, False]
+    assert "the runtime of this version waits for its copies" in said.out
+    assert ", with copies beside compute" in said.err
+
+
+def test_a_method_is_planned_as_it_is(config_file: Path, capsys: Capture) -> None:
+    arguments = ["plan", str(config_file), "--device", "rtx4090", "--seq", "16", "--method"]
+    assert main([*arguments, "hift"]) == 0
+    out = capsys.readouterr().out
+    assert "T = 6, " in out
+    assert "the method hift; its gap" in out
+    assert main([*arguments, "in-backward"]) == 0  # updates are what the method needs unless chosen
+    assert "immediate" in capsys.readouterr().out
+
+
+def test_a_method_that_does_not_fit_says_what_it_needs(config_file: Path, capsys: Capture) -> None:
+    arguments = ["plan", str(config_file), "--device", "rtx4090", "--seq", "16", "--method"]
+    assert main([*arguments, "plain", "--budget", "200kB"]) == 2
+    line = error_line(capsys)
+    assert "the method plain does not fit 200.0 kB (200000 bytes) (bound by the steps of plain; the smallest that does: --budget" in line
+    smallest = line.rsplit(" ", 1)[1].rstrip(")")
+    assert main([*arguments, "plain", "--budget", smallest]) == 0
+
+
+def test_too_few_steps_is_no_question_of_the_smallest_budget(config_file: Path, capsys: Capture) -> None:
+    arguments = [
+        "plan",
+        str(config_file),
+        "--device",
+        "rtx4090",
+        "--seq",
+        "16",
+        "--budget",
+        "360kB",
+        "--seconds",
+        "1",
+        "--state",
+        "device,host",
+    ]
+    assert main([*arguments, "--max-steps", "1"]) == 2
+    line = error_line(capsys)
+    assert "no schedule of at most 1 steps fits 360.0 kB" in line
+    assert "the smallest that does" not in line
 
 
 def test_plan_refuses_a_small_budget_with_one_that_does(config_file: Path, capsys: Capture) -> None:
@@ -108,6 +166,26 @@ def test_pareto_goes_from_the_smallest_budget_to_room_for_everything(config_file
         (["plan", "CONFIG", "--device", "cpu", "--seq", "16", "--weights", "host"], "cpu has no host beside it for weights: device, disk"),
         (["plan", "gpt2", "--device", "h100", "--host-memory", "50%"], "--host-memory '50%' is not an amount of memory"),
         (["plan", "model", "--budget", "1GB", "--update", "auto", "--device", "cpu"], "model model does not exist"),
+        (
+            ["plan", "CONFIG", "--device", "h100", "--seq", "16", "--options", "magic"],
+            "no segment has an option 'magic'; there are cheap, inputs",
+        ),
+        (
+            ["plan", "CONFIG", "--device", "cpu", "--seq", "16", "--state", "host"],
+            "optimizer state host is not allowed here; allowed: device, disk",
+        ),
+        (
+            ["plan", "CONFIG", "--device", "h100", "--seq", "16", "--state", "host", "--host-memory", "1kB"],
+            "may go to the host and no further, which holds 1000 bytes and has",
+        ),
+        (
+            ["plan", "CONFIG", "--device", "h100", "--seq", "16", "--method", "hift", "--max-steps", "3"],
+            "--method hift and --max-steps contradict each other",
+        ),
+        (
+            ["plan", "CONFIG", "--device", "h100", "--seq", "16", "--method", "in-backward", "--accumulate", "2"],
+            "in-backward needs updates immediate, options inputs, state on device, weights on device; there are updates held",
+        ),
         (["fit", "gpt2", "--device", "rtx9090"], "device 'rtx9090' is not known: rtx4090, rtx3090"),
         (["pareto", "none.json", "--device", "h800"], "'none.json' is neither a preset nor a file"),
     ],
@@ -120,8 +198,30 @@ def test_bad_input(arguments: list[str], message: str, config_file: Path, capsys
 def test_a_model_here_needs_a_budget_and_takes_no_offline_choices(model_dir: Path, capsys: Capture) -> None:
     assert main(["plan", str(model_dir), "--device", "cpu"]) == 1
     assert "--budget is needed: memory on cpu" in error_line(capsys)
-    assert main(["plan", str(model_dir), "--budget", "1GB", "--weights", "disk"]) == 1
-    assert "--weights is for devices that are not here" in error_line(capsys)
+    for option, reason in [
+        (["--weights", "disk"], "the runtime keeps the weights on the device"),
+        (["--host-memory", "1GB"], "the runtime keeps optimizer state in one place"),
+        (["--overlap"], "the runtime waits for its copies"),
+        (["--method", "hift"], "methods are planned to compare with, not to run"),
+    ]:
+        assert main(["plan", str(model_dir), "--budget", "1GB", *option]) == 1
+        assert f"{option[0]} is for devices that are not here: {reason}" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--state", "device,cloud", "'cloud' is no place: device, host, disk"),
+        ("--options", "save,", "'save,' is not a list of options with commas between"),
+        ("--method", "magic", "invalid choice: 'magic'"),
+        ("--max-steps", "0", "'0' is not an integer of at least 1"),
+        ("--prefer", "luck", "invalid choice: 'luck'"),
+    ],
+)
+def test_values_that_are_not_there(option: str, value: str, message: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "gpt2", "--device", "rtx4090", option, value])
+    assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(0, 3000), st.data())

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+import chunkft_compile
 from chunkft_compile.capture import capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
@@ -19,6 +20,7 @@ from chunkft_compile.planner.devices import find_device
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.runtime.chunks import split_for_budget
 from chunkft_compile.runtime.optimizers import measure_optimizer
+from chunkft_compile.solving import fingerprint
 
 CPU = torch.device("cpu")
 BUDGET = 1_000_000
@@ -106,16 +108,38 @@ def test_an_offline_problem_can_be_planned() -> None:
     problem = card.problem(BUDGET, "adamw", Choices(host_nbytes=10**9))
     assert [link.placement for link in problem.links] == [Placement.HOST, Placement.DISK]
     assert problem.links[0].capacity_nbytes == 10**9
+    assert not any(link.overlaps for link in problem.links)  # the runtime waits for its copies
+    overlapping = card.problem(BUDGET, "adamw", Choices(overlap=True))
+    assert [link.overlaps for link in overlapping.links] == [True, False]
     schedule = plan(problem, time_limit_s=2.0, seed=0)
     assert schedule.peak_nbytes <= BUDGET
     assert schedule.sweep_us > 0
+
+
+def test_a_kept_plan_names_the_graph_of_the_real_model() -> None:
+    config = transformers.LlamaConfig(**{**TINY, "num_hidden_layers": 5}, intermediate_size=24, max_position_embeddings=32, use_cache=False)
+    model = OfflineModel(config, Shape(1, 8), torch.float32, find_device("cpu"))
+    problem = model.problem(10**9, "adamw", Choices())
+    made_for = model.kept(problem, plan(problem, time_limit_s=1.0), "adamw").fingerprint
+    real = chunkft_compile.compile(transformers.AutoModelForCausalLM.from_config(config), budget=10**9)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    real.plan(input_ids=ids, labels=ids)
+    compiled = real._session.latest
+    assert compiled is not None
+    here = fingerprint(compiled, accumulating=False)
+    assert replace(made_for, optimizer=here.optimizer, inputs=here.inputs) == here  # from five layers and from three
 
 
 def test_choices_reach_the_problem_and_impossible_ones_are_refused() -> None:
     model = OfflineModel(LLAMA, Shape(1, 8), torch.float32, find_device("cpu"))
     choices = Choices((Update.HELD, Update.IMMEDIATE), weights=(Placement.DEVICE, Placement.DISK))
     problem = model.problem(BUDGET, "sgd", choices)
-    assert (problem.updates, problem.weights) == (choices.updates, choices.weights)
+    assert (problem.updates, problem.weights, problem.state) == (choices.updates, choices.weights, tuple(Placement))
+    forced = model.problem(BUDGET, "sgd", Choices(state=(Placement.DISK,), options=("inputs",)))
+    assert forced.state == (Placement.DISK,)
+    assert {cost.option for cost in forced.kinds[1].active} == {"inputs"}
+    with pytest.raises(ValueError, match="no segment has an option 'magic'; there are cheap, inputs"):
+        model.problem(BUDGET, "sgd", Choices(options=("magic",)))
     with pytest.raises(ValueError, match="cpu has no host beside it for weights: device, disk"):
         model.problem(BUDGET, "sgd", Choices(weights=(Placement.DEVICE, Placement.HOST)))
     with pytest.raises(ValueError, match="33 tokens are longer than the 32 positions of llama"):

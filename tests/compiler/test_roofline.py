@@ -87,6 +87,19 @@ def test_temporaries_on_an_accelerator() -> None:
     assert cpu_nbytes(mean) == 4 * 4096 * 4096
 
 
+def test_in_place_is_the_same_kernel_without_a_result() -> None:
+    product = _call(aten.addmm_.default, (512, 1024), (512, 256), (256, 1024), dtype=torch.bfloat16)
+    made = _call(aten.addmm.default, (512, 1024), (512, 256), (256, 1024), dtype=torch.bfloat16)
+    assert flops(product) == flops(made) == 2 * 512 * 256 * 1024
+    assert traffic_nbytes(product) == traffic_nbytes(made) == 2 * (2 * 512 * 1024 + 512 * 256 + 256 * 1024)
+    copy = _call(aten.copy_.default, (64, 32), (64, 32))
+    assert (flops(copy), traffic_nbytes(copy)) == (0, 2 * 64 * 32 * 4)  # what it overwrites is not read
+    add = _call(aten.add_.Tensor, (64, 32), (64, 32))
+    assert (flops(add), traffic_nbytes(add)) == (0, 3 * 64 * 32 * 4)
+    assert [accelerator_nbytes(node) for node in (product, copy, add)] == [0, 0, 0]
+    assert cpu_nbytes(product) == cpu_nbytes(made) > 0
+
+
 def test_attention_backward_keeps_an_fp32_gradient_of_the_query() -> None:
     found = capture(llama().bfloat16().train(), (), token_batch())
     by_name = {str(node.target).split(".")[1]: node for node in found.graph.nodes if "attention_for_cpu" in str(node.target)}

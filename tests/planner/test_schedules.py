@@ -8,6 +8,7 @@ from chunkft_compile.planner.grounds import on_device, settle, spread
 from chunkft_compile.planner.options import make_step
 from chunkft_compile.planner.problem import Chunk, Link, Placement, Problem, Schedule, Segment, Update
 from chunkft_compile.planner.schedules import compress, format_schedule, from_json, to_json
+from chunkft_compile.planner.units import format_us
 from tests.planner.planner_problems import plain_kind, problems
 
 PROBLEM = Problem(
@@ -27,18 +28,30 @@ STEPS = (
 SCHEDULE = Schedule(PROBLEM.budget_nbytes, STEPS, GROUND.places, "FEASIBLE", 0.0123, 0.5)
 
 GOLDEN = """\
-  step    chunks    trains  segments         depth    options          update         peak     ms
-------  --------  --------  ---------------  -------  ---------------  ---------  --------  -----
-   1/2         1  100.0 MB  prelude          prelude  4 keep           held       2.000 GB   92.0
-   2/2         3  300.0 MB  block 0-1, head  block 0  1 plain, 3 keep  immediate  2.050 GB  890.5
+  step    chunks    trains  segments         depth    options    update         peak     time
+------  --------  --------  ---------------  -------  ---------  ---------  --------  -------
+   1/2         1  100.0 MB  prelude          prelude  4 keep     held       2.000 GB  92.0 ms
+   2/2         3  300.0 MB  block 0-1, head  block 0  3 keep     immediate  2.050 GB   890 ms
 
-FEASIBLE, gap 1.2%, T = 2, 0.983 s per sweep, peak 2.050 GB of 2.100 GB
-optimizer state: 400.0 MB on the device, 800.0 MB on the host, 400.0 MB on the disk (0.960 s of transfers per sweep)
+FEASIBLE, gap 1.2%, T = 2, 982 ms per sweep, peak 2.050 GB of 2.100 GB
+optimizer state: 400.0 MB on the device, 800.0 MB on the host, 400.0 MB on the disk (960 ms of transfers per sweep)
 """
 
 
 def test_the_printed_schedule() -> None:
     assert format_schedule(PROBLEM, SCHEDULE) == GOLDEN.rstrip("\n")
+
+
+def test_options_are_counted_from_the_depth_of_the_step_up() -> None:
+    mixed = replace(STEPS[0], options=("plain", "keep", "plain", "keep"))
+    row = format_schedule(PROBLEM, replace(SCHEDULE, steps=(mixed, STEPS[1]))).splitlines()[2]
+    assert "  2 plain, 2 keep  " in row
+
+
+def test_times_for_people() -> None:
+    found = [format_us(us) for us in (850, 92_000, 99_949, 99_950, 982_500, 999_500, 1_077_100, 9_999_499, 9_999_500, 131_500_000)]
+    expected = ["850 us", "92.0 ms", "99.9 ms", "100 ms", "982 ms", "1.000 s", "1.077 s", "9.999 s", "10.00 s", "131.5 s"]
+    assert found == expected
 
 
 def test_names_of_consecutive_segments_are_joined() -> None:
