@@ -83,9 +83,9 @@ def test_a_method_is_planned_as_it_is(config_file: Path, capsys: Capture) -> Non
 
 def test_a_method_that_does_not_fit_says_what_it_needs(config_file: Path, capsys: Capture) -> None:
     arguments = ["plan", str(config_file), "--device", "rtx4090", "--seq", "16", "--method"]
-    assert main([*arguments, "plain", "--budget", "200kB"]) == 2
+    assert main([*arguments, "plain", "--budget", "600kB"]) == 2
     line = error_line(capsys)
-    assert "the method plain does not fit 200.0 kB (200000 bytes) (bound by the steps of plain; the smallest that does: --budget" in line
+    assert "the method plain does not fit 600.0 kB (600000 bytes) (bound by the steps of plain; the smallest that does: --budget" in line
     smallest = line.rsplit(" ", 1)[1].rstrip(")")
     assert main([*arguments, "plain", "--budget", smallest]) == 0
 
