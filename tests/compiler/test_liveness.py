@@ -186,7 +186,7 @@ def _measured(code: Code, *, freed: bool) -> int:
 
 @pytest.mark.parametrize("freed", [False, True])
 @pytest.mark.parametrize("option", [*OPTIONS, "tiled 3"])
-@pytest.mark.parametrize("name", ["llama", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2-tied", marks=pytest.mark.slow)])
 def test_lowered_codes_take_what_is_predicted(name: str, option: str, freed: bool) -> None:
     lowering, costs = lowered(name), OperatorCosts(torch.device("cpu"))
     options = [option if lowering.has_option(segment, option) else "inputs" for segment in lowering.segments]

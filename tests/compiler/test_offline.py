@@ -59,7 +59,7 @@ def _real_problem(model: nn.Module, costs: OperatorCosts, optimizer: Any) -> Pro
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("config", [pytest.param(LLAMA, id="llama"), pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow)])
 def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: torch.dtype) -> None:
     costs = OperatorCosts(CPU)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -72,7 +72,7 @@ def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: t
     assert _timeless(found) == _timeless(real)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_deep_model_from_three_layers_is_that_of_a_full_capture(tied: bool) -> None:
     config = transformers.LlamaConfig(
         **{**TINY, "num_hidden_layers": 5}, intermediate_size=24, max_position_embeddings=32, tie_word_embeddings=tied, use_cache=False

@@ -89,7 +89,7 @@ def _second_sweep(hook: Allocator, case: Case, *updates: Update) -> list[StepMem
     return steps[len(updates) :]
 
 
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=() if case is WIDE[0] else pytest.mark.slow) for case in WIDE])
 def test_the_peak_is_predicted_and_below_that_of_held_gradients(allocator: Allocator, workshop: Workshop, case: Case) -> None:
     workshop.capture(case.build(), (), case.batch(0) | ({} if case.name == "bert" else {"use_cache": False}))
     (immediate,), (held,) = _second_sweep(allocator, case, IMMEDIATE), _second_sweep(allocator, case, HELD)

@@ -90,7 +90,7 @@ def _capped(hook: Allocator, nbytes: int) -> Iterator[None]:
         hook.cap(None)
 
 
-@pytest.mark.parametrize("factor", [2.6, 3.6])
+@pytest.mark.parametrize("factor", [2.6, pytest.param(3.6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_measured_is_predicted_is_within_the_budget(allocator: Allocator, workshop: Workshop, case: Case, factor: float) -> None:
     model = case.build()

@@ -28,7 +28,9 @@ CASES = (
 HELD, IMMEDIATE = Update.HELD, Update.IMMEDIATE
 
 
-@pytest.mark.parametrize("updates", [[HELD, HELD], [IMMEDIATE, HELD]], ids=["held", "both"])
+@pytest.mark.parametrize(
+    "updates", [pytest.param([HELD, HELD], id="held", marks=pytest.mark.slow), pytest.param([IMMEDIATE, HELD], id="both")]
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_weights_are_bit_for_bit_the_same(monkeypatch: pytest.MonkeyPatch, case: Case, updates: list[Update]) -> None:
     found = []
@@ -54,7 +56,7 @@ def _second_sweep(hook: Allocator, case: Case, option: str) -> StepMemory:
     return second
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=() if case is CASES[0] else pytest.mark.slow) for case in CASES])
 def test_the_peak_is_predicted_and_lower(allocator: Allocator, workshop: Workshop, case: Case) -> None:
     workshop.capture(case.build(), (), case.batch(0) | ({} if case.name == "bert" else {"use_cache": False}))
     offloaded, kept = _second_sweep(allocator, case, "offload"), _second_sweep(allocator, case, "inputs")
