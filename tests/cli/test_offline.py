@@ -111,6 +111,7 @@ def test_too_few_steps_is_no_question_of_the_smallest_budget(config_file: Path, 
     assert "the smallest that does" not in line
 
 
+@pytest.mark.slow
 def test_plan_refuses_a_small_budget_with_one_that_does(config_file: Path, capsys: Capture) -> None:
     arguments = ["plan", str(config_file), "--device", "h100", "--seq", "16", "--seconds", "1", "--optimizer", "sgd-momentum"]
     assert main([*arguments, "--budget", "200kB"]) == 2
@@ -142,6 +143,7 @@ def test_fit_says_no_with_exit_code_2(config_file: Path, capsys: Capture) -> Non
     assert "modelled, not measured" in out
 
 
+@pytest.mark.slow
 def test_pareto_goes_from_the_smallest_budget_to_room_for_everything(config_file: Path, capsys: Capture) -> None:
     assert main(["pareto", str(config_file), "--device", "a100-80", "--seq", "16", "--points", "3", "--seconds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()

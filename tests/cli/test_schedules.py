@@ -97,6 +97,7 @@ def test_train_plans_with_updates_inside_backward(model_dir: Path, text_file: Pa
     assert "plan: 1 step a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_forced_ingredients_that_are_not_there(model_dir: Path, capsys: Capture) -> None:
     for forced, message in [
         (["--options", "magic"], "no segment has an option 'magic'; there are "),

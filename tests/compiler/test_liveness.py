@@ -184,7 +184,7 @@ def _measured(code: Code, *, freed: bool) -> int:
     return peak
 
 
-@pytest.mark.parametrize("freed", [False, True])
+@pytest.mark.parametrize("freed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("option", [*OPTIONS, "tiled 3"])
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2-tied", marks=pytest.mark.slow)])
 def test_lowered_codes_take_what_is_predicted(name: str, option: str, freed: bool) -> None:

@@ -72,7 +72,8 @@ def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: t
     assert _timeless(found) == _timeless(real)
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_deep_model_from_three_layers_is_that_of_a_full_capture(tied: bool) -> None:
     config = transformers.LlamaConfig(
         **{**TINY, "num_hidden_layers": 5}, intermediate_size=24, max_position_embeddings=32, tie_word_embeddings=tied, use_cache=False
@@ -116,6 +117,7 @@ def test_an_offline_problem_can_be_planned() -> None:
     assert schedule.sweep_us > 0
 
 
+@pytest.mark.slow
 def test_a_kept_plan_names_the_graph_of_the_real_model() -> None:
     config = transformers.LlamaConfig(**{**TINY, "num_hidden_layers": 5}, intermediate_size=24, max_position_embeddings=32, use_cache=False)
     model = OfflineModel(config, Shape(1, 8), torch.float32, find_device("cpu"))
