@@ -130,6 +130,7 @@ def _judge(tensor: torch.Tensor, wanted: torch.Tensor) -> str:
 
 def _check_streams(device: SimDevice) -> dict[str, Any]:
     """The device itself: what it must show is shown. A copy takes half a second, so that a busy machine still reads before it ends."""
+    bool(torch.zeros(4, device="sim").isnan().any())  # what torch loads at the first call of an operator takes longer than a copy
     device.configure(link_bytes_per_s=2e6)
     stream, done = torch.Stream("sim"), torch.Event("sim")
     host = torch.randn(_MIB // 4).pin_memory()
