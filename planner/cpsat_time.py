@@ -8,7 +8,7 @@ cost when they are updated is left out: the bound stays a bound.
 from dataclasses import dataclass, field
 
 from chunkft_compile.planner.cpsat_model import ANYWHERE, Expression, Model, StepVariables, total
-from chunkft_compile.planner.grounds import Transfer, offload
+from chunkft_compile.planner.grounds import Transfer, fetch_over, offload
 from chunkft_compile.planner.problem import Link, Role, Update
 
 _SCALE = 1000  # a unit of bytes may take less than a microsecond
@@ -91,7 +91,7 @@ def _forward(model: Model, step: StepVariables, s: int) -> _Phase:
             phase.add(offload(model.problem, cost.offloaded_nbytes)[0], literal)
     for link in model.links:
         if (s, link.placement) in model.away:
-            fetch = _fetch(link, model.problem.segments[s].weight_nbytes)
+            fetch = fetch_over(link, model.problem.segments[s].weight_nbytes)
             # in every step that is used; a step without chunks costs nothing, so its literal is bounded from below only
             phase.add(fetch, _visits(model, step, s, link))
     return phase
@@ -111,7 +111,7 @@ def _backward(model: Model, step: StepVariables, s: int) -> _Phase:
             phase.add(offload(model.problem, cost.offloaded_nbytes)[1], literal)
     for link in model.links:
         if (s, link.placement) in model.away:
-            phase.add(_fetch(link, model.problem.segments[s].weight_nbytes), step.returns[s, link.placement])
+            phase.add(fetch_over(link, model.problem.segments[s].weight_nbytes), step.returns[s, link.placement])
     if overlapping(model):
         for g, members in enumerate(model.groups):
             if model.chunk(g).segment == s:
@@ -164,11 +164,6 @@ def _duration(model: Model, phase: _Phase, name: str, applied: _Phase | None = N
             if step.immediate is not None:
                 more.only_enforce_if(step.immediate)
     return us + total(phase.exposed)
-
-
-def _fetch(link: Link, nbytes: int) -> Transfer:
-    us = link.read_us(nbytes)
-    return Transfer(hidden_us=us) if link.overlaps else Transfer(exposed_us=us)
 
 
 def _mean(model: Model, members: list[int], what: str) -> int:

@@ -59,9 +59,9 @@ def settle(problem: Problem, places: Places) -> Ground:
         places,
         problem.static_nbytes + _weights_nbytes(problem, places.weights) + resident,
         tuple(_update_nbytes(chunk, link) for chunk, link, _ in chunks),
-        tuple(_read(link, segment.weight_nbytes) for segment, link in zip(problem.segments, weights, strict=True)),
-        tuple(_read(link, chunk.state_nbytes) + _write(link, chunk.state_nbytes) for chunk, link, _ in chunks),
-        tuple(_read(link, chunk.weight_nbytes) for chunk, _, link in chunks),
+        tuple(fetch_over(link, segment.weight_nbytes) for segment, link in zip(problem.segments, weights, strict=True)),
+        tuple(fetch_over(link, chunk.state_nbytes) + _write(link, chunk.state_nbytes) for chunk, link, _ in chunks),
+        tuple(fetch_over(link, chunk.weight_nbytes) for chunk, _, link in chunks),
         tuple(_write(link, chunk.weight_nbytes) for chunk, _, link in chunks),
     )
 
@@ -84,7 +84,8 @@ def _transfer(link: Link | None, us: int) -> Transfer:
     return Transfer(hidden_us=us) if link.overlaps else Transfer(exposed_us=us)
 
 
-def _read(link: Link | None, nbytes: int) -> Transfer:
+def fetch_over(link: Link | None, nbytes: int) -> Transfer:
+    """What bringing `nbytes` to the device takes."""
     return _transfer(link, link.read_us(nbytes) if link else 0)
 
 
@@ -95,7 +96,7 @@ def _write(link: Link | None, nbytes: int) -> Transfer:
 def offload(problem: Problem, nbytes: int) -> tuple[Transfer, Transfer]:
     """Saved bytes out to the fastest place, and back."""
     link = problem.links[0]
-    return (_write(link, nbytes), _read(link, nbytes)) if nbytes else (NO_TRANSFER, NO_TRANSFER)
+    return (_write(link, nbytes), fetch_over(link, nbytes)) if nbytes else (NO_TRANSFER, NO_TRANSFER)
 
 
 def room_on(problem: Problem, link: Link) -> int | None:
