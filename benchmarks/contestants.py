@@ -14,8 +14,9 @@ from torch.optim import Adafactor, AdamW, Optimizer
 import chunkft_compile
 from benchmarks.common import Batch, compile_model, train_step
 from benchmarks.llama import build_model
+from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import open_store
+from chunkft_compile.runtime.store import Stores
 
 LEARNING_RATE = 1e-5
 
@@ -80,7 +81,9 @@ class Rotation:
         assert len({id(p) for p in trained}) == len(trained) == len(list(model.parameters())), "groups share or miss a parameter"
         self._model, self._groups, self._keep = model, groups, keep
         self._optimizers: dict[int, Optimizer] = {}
-        self._mover = StateMover(open_store(trained[0].device, None))
+        device = trained[0].device
+        self._stores = Stores(device, None)
+        self._mover = StateMover(self._stores, device, lambda chunk: self._stores.fastest)
         self._next = 0
 
     @property
@@ -97,14 +100,17 @@ class Rotation:
             parameter.requires_grad_()
         torch.autograd.backward(self._model(**batch).loss)
         optimizer = self._optimizers.get(number) or AdamW(group, lr=LEARNING_RATE, fused=True)
-        for parameter in group:
-            self._mover.fetch(optimizer, parameter)
+        chunks = [Chunk("", 0, len(parameter), len(parameter), parameter, parameter) for parameter in group]
+        for chunk in chunks:
+            self._mover.fetch(optimizer, chunk, rows=False)
+        for chunk in chunks:
+            self._mover.wait(chunk)
         optimizer.step()
         optimizer.zero_grad()
         if self._keep:
             self._optimizers[number] = optimizer
-            for parameter in group:
-                self._mover.evict(optimizer, parameter)
+            for chunk in chunks:
+                self._mover.send_away(optimizer, chunk)
 
 
 class Ours:

@@ -16,9 +16,12 @@ from chunkft_compile.errors import CaptureError
 from chunkft_compile.liveness import storages
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.offloading import lowered_option
+from chunkft_compile.planner.prefetching import overlap
 from chunkft_compile.planner.problem import Link
+from chunkft_compile.planner.problem import Update as When
 from chunkft_compile.planner.program import Instruction, Op, Program
 from chunkft_compile.segments import is_forward
+from chunkft_compile.streaming import NO_STREAMS, Streams, with_weights
 from chunkft_compile.updating import Update, with_updates
 
 __all__ = ["Assembled", "Key", "Rows", "Update", "assemble", "gradient_key", "propagate"]
@@ -46,7 +49,8 @@ class Rows:
 class Assembled:
     """A program, the codes that its instructions index, where its outside values come from, and gradients computed whole.
 
-    `nodes` says for each value which node of the joint graph it is (rows of it, for a gradient slice).
+    `nodes` says for each value which node of the joint graph it is (rows of it, for a gradient slice), `streamed` which values are
+    weights that live beside the device.
     """
 
     program: Program
@@ -55,6 +59,7 @@ class Assembled:
     outputs: dict[fx.Node, int]
     dense: tuple[str, ...]
     nodes: dict[int, fx.Node]
+    streamed: dict[int, str]
 
 
 @dataclass
@@ -77,8 +82,14 @@ def assemble(
     update: Update,
     accumulating: bool,
     link: Link | None = None,
+    streams: Streams = NO_STREAMS,
+    limit_nbytes: int = 0,
 ) -> Assembled:
-    """The program that trains `chunks` with the given option for each segment. `link` gives the time of moving saved values."""
+    """The program that trains `chunks` with the given option for each segment.
+
+    `link` gives the time of moving saved values, `streams` the weights that live beside the device. Copies are spread out in at most
+    `limit_nbytes`.
+    """
     lowered = [lowered_option(option) for option in options]
     demands = propagate(lowering, chunks, lowered)
     dense = _dense(lowering, chunks, demands)
@@ -88,20 +99,27 @@ def assemble(
     writer.offload([number for number, option in enumerate(options) if option != lowered[number]])
     writer.finish(costs, link)
     held = tuple(writer.held())
+    streamed = writer.values_in(streams.names)
+    updated = with_updates(writer.instructions, update, writer.memory_of({chunk: rows.param for chunk, rows in chunks.items()}))
+    homes = streams.homes({chunk: rows.param for chunk, rows in chunks.items()}) if update.when is When.IMMEDIATE else {}
     program = Program(
-        tuple(with_updates(writer.instructions, update, writer.memory_of({chunk: rows.param for chunk, rows in chunks.items()}))),
+        tuple(with_weights(updated, streams, streamed, homes)),
         base_nbytes,
         tuple(writer.storage_of),
         tuple(writer.storage_nbytes),
         held,
         {chunk: grad_nbytes[chunk] for chunk in chunks},
-        {chunk: update.state_nbytes[chunk] for chunk in chunks if chunk not in update.resident},
+        {chunk: nbytes for chunk, nbytes in update.state_nbytes.items() if chunk in chunks},
         accumulating,
         update.when,
+        streams.nbytes_of(streamed),
+        homes,
+        overlaps=link.overlaps if link else False,
     )
+    program = overlap(program, limit_nbytes)
     outputs = {node: writer.ids[node, None] for node in _results(lowering)}
     nodes = {value: key[0] for key, value in writer.ids.items()}
-    return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense, nodes)
+    return Assembled(program, tuple(writer.codes), writer.bindings, outputs, dense, nodes, streamed)
 
 
 def _results(lowering: Lowering) -> list[fx.Node]:
@@ -249,6 +267,15 @@ class _Writer:
             found[chunk] = frozenset(value for value, lies_in in self.bases.items() if memory & lies_in)
         return found
 
+    def values_in(self, names: Mapping[str, int]) -> dict[int, str]:
+        """Values that are these weights, as far as some call reads them. No result of a call lies in their memory: it would outlive it."""
+        capture = self.lowering.capture
+        name_of = {node: name for node, name in (*capture.params.items(), *capture.buffers.items()) if name in names}
+        memory = {storage for node in name_of for storage in storages(node.meta["val"])}
+        views = [value for value, lies_in in self.bases.items() if memory & lies_in and value not in self.bindings]
+        assert not views, f"values {views} are views of weights that are not always on the device"
+        return {value: name_of[node] for value, node in self.bindings.items() if node in name_of}
+
     def offload(self, numbers: Sequence[int]) -> None:
         """After the forward of each of these segments, what only its backward still reads goes to the store, until then."""
         for number in numbers:
@@ -261,7 +288,8 @@ class _Writer:
             forward = max(i for i, made in enumerate(self.instructions) if made.op is Op.FORWARD and made.segment <= number)
             if values:
                 self.instructions.insert(self.instructions.index(backward), Instruction(Op.FETCH, number, writes=values))
-                self.instructions.insert(forward + 1, Instruction(Op.EVICT, number, reads=values, frees=values))
+                moves = Instruction(Op.EVICT, number, reads=values), Instruction(Op.FREE, number, frees=values)
+                self.instructions[forward + 1 : forward + 1] = moves
 
     def _nbytes(self, values: Sequence[int]) -> int:
         """Bytes that the step owns behind these values."""

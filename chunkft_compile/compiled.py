@@ -1,7 +1,7 @@
 """Everything compiled for one input signature: the planner's `Problem`, and the exact `Program` of any step."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,30 +15,36 @@ from chunkft_compile.liveness import Footprint, storages
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.offloading import lowered_option
 from chunkft_compile.planner.problem import Chunk as SizedChunk
-from chunkft_compile.planner.problem import Link, Problem, Schedule, Step
+from chunkft_compile.planner.problem import Link, Placement, Places, Problem, Schedule, Step
 from chunkft_compile.planner.problem import Update as When
 from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
-from chunkft_compile.runtime.chunks import Chunk, storage_nbytes
+from chunkft_compile.runtime.chunks import Chunk, allocated_nbytes, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
 from chunkft_compile.segments import Segment, cut
+from chunkft_compile.streaming import Streams
 from chunkft_compile.updating import lowest_readers
+from chunkft_compile.weights import Weights
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What does not depend on the batch: the chunks, the optimizer's costs, the store's speed, the budget, when to update, the device."""
+    """What does not depend on the batch: chunks, the optimizer's costs, links to the stores, the budget, when to update, the device."""
 
     budget_nbytes: int
     chunks: tuple[Chunk, ...]
     optimizer: OptimizerCost
-    link: Link
+    links: tuple[Link, ...]
     updates: tuple[When, ...] = (When.HELD,)
     device: str = "cpu"
 
     def state_nbytes(self, number: int) -> int:
         """Optimizer state of a chunk that can leave the device."""
         return self.optimizer.of_layout[_layout(self.chunks[number])].state_nbytes
+
+    def link(self, place: Placement) -> Link:
+        """The way to a place beside the device."""
+        return next(link for link in self.links if link.placement is place)
 
     @property
     def counter_nbytes(self) -> int:
@@ -82,8 +88,11 @@ class Compiled:
     def _probe(self) -> Probe:
         return probe(self._lowering, [self.rows(i) for i in range(len(self.setting.chunks))], self._costs)
 
-    def problem(self, *, accumulating: bool) -> Problem:
-        """The planner's question for this signature."""
+    def problem(self, *, accumulating: bool, weights: tuple[Placement, ...] = (Placement.DEVICE,), overlaps: bool = True) -> Problem:
+        """The planner's question for this signature, with weights at these places.
+
+        Without `overlaps` it keeps no bytes free for copies beside calls, where the device could make them.
+        """
         found, setting = self._probe, self.setting
         chunks = []
         for number, chunk in enumerate(setting.chunks):
@@ -103,10 +112,13 @@ class Compiled:
                 )
             )
         static = self.base_nbytes + found.shared_nbytes + _outputs_nbytes(self.capture)
+        links = tuple(replace(link, overlaps=link.overlaps and overlaps) for link in setting.links)
         updates = (When.HELD,) if accumulating else setting.updates
         if When.IMMEDIATE in updates:
             static += self._late_nbytes(chunks)
-        return Problem(setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, (setting.link,), updates)
+        return Problem(
+            setting.budget_nbytes, static, found.kinds, found.segments, tuple(chunks), accumulating, links, updates, weights=weights
+        )
 
     def _late_nbytes(self, chunks: Sequence[SizedChunk]) -> int:
         """At most what IMMEDIATE updates hold that wait for a lower segment to read the weight; the planner knows no such wait."""
@@ -119,16 +131,16 @@ class Compiled:
         segments = self._lowering.segments
         return len(segments) == len(step.options) and all(map(self._lowering.has_option, segments, map(lowered_option, step.options)))
 
-    def program(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Assembled:
+    def program(self, step: Step, places: Places, *, accumulating: bool) -> Assembled:
         """The exact program of a step."""
-        key = (step.chunks, step.options, step.update, tuple(resident), accumulating)
+        key = (step.chunks, step.options, step.update, places, accumulating)
         if key not in self._programs:
-            self._programs[key] = self._assemble(step, frozenset(resident), accumulating=accumulating)
+            self._programs[key] = self._assemble(step, places, accumulating=accumulating)
         return self._programs[key]
 
-    def timeline(self, step: Step, *, resident: Sequence[int], accumulating: bool) -> Timeline:
+    def timeline(self, step: Step, places: Places, *, accumulating: bool) -> Timeline:
         """The exact memory and time of a step."""
-        assembled = self.program(step, resident=resident, accumulating=accumulating)
+        assembled = self.program(step, places, accumulating=accumulating)
         if assembled not in self._timelines:
             self._timelines[assembled] = simulate(assembled.program)
         return self._timelines[assembled]
@@ -137,7 +149,7 @@ class Compiled:
         """`schedule` with the exact peak and time of every step in place of the planner's bound."""
         steps = []
         for step in schedule.steps:
-            timeline = self.timeline(step, resident=schedule.resident, accumulating=accumulating)
+            timeline = self.timeline(step, schedule.places, accumulating=accumulating)
             steps.append(replace(step, peak_nbytes=timeline.peak_nbytes, us=timeline.us))
         return replace(schedule, steps=tuple(steps))
 
@@ -152,50 +164,89 @@ class Compiled:
         backward = Footprint(graph).transient_nbytes(frozenset(), self._costs.temporary_nbytes)
         return self.base_nbytes + state + max(backward, gradients + setting.optimizer.transient_nbytes(layouts))
 
-    def _assemble(self, step: Step, resident: frozenset[int], *, accumulating: bool) -> Assembled:
-        chunks = {number: self.rows(number) for number in step.chunks}
-        state = {number: self.setting.state_nbytes(number) for number in range(len(self.setting.chunks))}
-        groups = self._groups(step, resident)
-        layouts = [[_layout(self.setting.chunks[number]) for number in group] for group in groups]
+    def weight_places(self, places: Places) -> dict[str, Placement]:
+        """Where each weight lives that one segment alone reads."""
+        return {name: places.weights[segment] for name, segment in self._weights.segment_of.items()}
+
+    @cached_property
+    def _weights(self) -> Weights:
+        return Weights(self._lowering)
+
+    def _streams(self, places: Places, chunks: Sequence[int]) -> Streams:
+        """The weights that are away, and what moving them takes."""
+        away = {name: place for name, place in self.weight_places(places).items() if place is not Placement.DEVICE}
+        names = {name: self._weights.segment_of[name] for name in away}
+        nbytes = {name: self._weights.nbytes_of(name) for name in away}
+        fetch_us = {name: self.setting.link(place).read_us(nbytes[name]) for name, place in away.items()}
+        changed = [(number, self.setting.chunks[number]) for number in chunks if self.setting.chunks[number].param in away]
+        evict_us = {number: self.setting.link(away[chunk.param]).write_us(chunk.nbytes) for number, chunk in changed}
+        return Streams(names, nbytes, fetch_us, evict_us)
+
+    def _assemble(self, step: Step, places: Places, *, accumulating: bool) -> Assembled:
+        setting = self.setting
+        streams = self._streams(places, step.chunks)
+        moves = {number: self._move(number, places, streams, step.update) for number in step.chunks}
+        groups = self._groups(step, {number: move.nbytes for number, move in moves.items()})
+        layouts = [[_layout(setting.chunks[number]) for number in group] for group in groups]
+        moving = {number: move for number, move in moves.items() if move.nbytes or not self._stays(number, places)}
         update = Update(
             groups,
-            tuple(self.setting.optimizer.transient_nbytes(group) for group in layouts),
-            resident,
-            state,
-            lambda number: self.setting.link.read_us(state[number]) + self.setting.link.write_us(state[number]),
-            tuple(self.setting.optimizer.us(group) for group in layouts),
+            tuple(setting.optimizer.transient_nbytes(group) for group in layouts),
+            {number: move.nbytes for number, move in moving.items()},
+            {number: move.fetch_us for number, move in moving.items()},
+            {number: move.evict_us for number, move in moving.items()},
+            tuple(setting.optimizer.us(group) for group in layouts),
             step.update,
         )
         return assemble(
             self._lowering,
-            chunks,
+            {number: self.rows(number) for number in step.chunks},
             step.options,
-            base_nbytes=self.base_nbytes + sum(state[number] for number in resident),
-            grad_nbytes={number: self._probe.chunks[number].grad_nbytes for number in chunks},
+            base_nbytes=self.base_nbytes + sum(map(setting.state_nbytes, places.resident)) - sum(streams.nbytes.values()),
+            grad_nbytes={number: self._probe.chunks[number].grad_nbytes for number in step.chunks},
             costs=self._costs,
             update=update,
             accumulating=accumulating,
-            link=self.setting.link,
+            link=setting.links[0],
+            streams=streams,
+            limit_nbytes=setting.budget_nbytes,
         )
 
-    def _groups(self, step: Step, resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
-        """Chunks stepped together: as many as fit in the bytes that the largest one needs alone.
+    def _stays(self, number: int, places: Places) -> bool:
+        return places.state[number] is Placement.DEVICE
+
+    def _move(self, number: int, places: Places, streams: Streams, when: When) -> "_Move":
+        """What comes and goes for the update of a chunk: state that is away, and its rows where they are and no segment brings them."""
+        chunk, place = self.setting.chunks[number], places.state[number]
+        nbytes = fetch_us = evict_us = 0
+        if place is not Placement.DEVICE:
+            nbytes, link = self.setting.state_nbytes(number), self.setting.link(place)
+            fetch_us, evict_us = link.read_us(nbytes), link.write_us(nbytes)
+        if number in streams.evict_us and when is When.HELD:
+            nbytes += allocated_nbytes(chunk.leaf)
+            fetch_us += streams.fetch_us[chunk.param] * chunk.nbytes // max(1, streams.nbytes[chunk.param])
+            evict_us += streams.evict_us[number]
+        return _Move(nbytes, fetch_us, evict_us)
+
+    def _groups(self, step: Step, moving: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
+        """Chunks stepped together: as many as fit in the bytes that the largest one needs alone. `moving` are bytes that come with each.
 
         IMMEDIATE updates go segment by segment, from the highest down.
         """
         if step.update is When.HELD:
-            return self._packed(step.chunks, resident)
+            return self._packed(step.chunks, moving)
         by_segment: dict[int, list[int]] = defaultdict(list)
         for number in step.chunks:
             by_segment[self._probe.chunks[number].segment].append(number)
-        return tuple(group for segment in sorted(by_segment, reverse=True) for group in self._packed(by_segment[segment], resident))
+        return tuple(group for segment in sorted(by_segment, reverse=True) for group in self._packed(by_segment[segment], moving))
 
-    def _packed(self, numbers: Sequence[int], resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+    def _packed(self, numbers: Sequence[int], moving: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
         setting = self.setting
 
         def nbytes(group: Sequence[int]) -> int:
-            moving = sum(setting.state_nbytes(number) for number in group if number not in resident)
-            return moving + setting.optimizer.transient_nbytes([_layout(setting.chunks[number]) for number in group])
+            return sum(moving[number] for number in group) + setting.optimizer.transient_nbytes(
+                [_layout(setting.chunks[number]) for number in group]
+            )
 
         window = max(nbytes([number]) for number in numbers)
         groups: list[list[int]] = [[]]
@@ -206,10 +257,23 @@ class Compiled:
         return tuple(tuple(group) for group in groups)
 
 
-def fixed_nbytes(model: nn.Module, capture: Capture, batch: Sequence[torch.Tensor]) -> int:
-    """Weights, buffers, the batch, constants of the graph, and the gradients that arrive for the outputs."""
-    tensors = [*model.parameters(), *model.buffers(), *batch, *capture.constants.values()]
-    return storage_nbytes(tensors) + _outputs_nbytes(capture)
+@dataclass(frozen=True)
+class _Move:
+    """Bytes that come and go for the update of one chunk, and the time each way."""
+
+    nbytes: int
+    fetch_us: int
+    evict_us: int
+
+
+def fixed_nbytes(model_nbytes: int, capture: Capture, batch: Sequence[torch.Tensor]) -> int:
+    """Weights and buffers (`model_nbytes`), the batch, constants of the graph, and the gradients that arrive for the outputs."""
+    return model_nbytes + storage_nbytes([*batch, *capture.constants.values()]) + _outputs_nbytes(capture)
+
+
+def model_nbytes(model: nn.Module) -> int:
+    """Weights and buffers of a model, all on its device."""
+    return storage_nbytes([*model.parameters(), *model.buffers()])
 
 
 def _layout(chunk: Chunk) -> tuple[tuple[int, ...], torch.dtype]:

@@ -47,6 +47,7 @@ def compile(
     max_steps: int | None = None,
     options: Sequence[str] | None = None,
     state: Sequence[str] | None = None,
+    weights: Sequence[str] | None = None,
     solve_seconds: float = 5.0,
     seed: int = 0,
 ) -> "ChunkedModule":
@@ -63,8 +64,9 @@ def compile(
     backward, not only the loss. `store` is a directory for the optimizer state of inactive chunks (on a CPU; the default is the
     system's temporary directory). The planner looks for the fastest sweep, or with `prefer="fresh"` for the one with the
     fewest steps, and for no more than `max_steps` if given; `solve_seconds` and `seed` go to the solver. `options` ("save", "cheap",
-    "inputs", "offload", "tiled") and `state` ("device", "host", "disk") force ingredients: segments have only these options,
-    optimizer state only these places.
+    "inputs", "offload", "tiled"), `state` and `weights` ("device", "host", "disk") force ingredients: segments have only these options,
+    optimizer state and weights only these places. Weights stay on the device as long as that fits; where it does not, those of some
+    segments live in the store and come for the calls that read them.
 
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
@@ -91,7 +93,7 @@ def compile(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, not {max_steps}")
     directory = Path(store) if store is not None else None
-    solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state))
+    solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state), _places(weights))
     budget_nbytes = _budget(budget, plan, device)
     return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan))
 
@@ -99,7 +101,7 @@ def compile(
 def _places(names: Sequence[str] | None) -> tuple[Placement, ...] | None:
     """Places by name, in their own order."""
     if strange := [name for name in names or () if name not in tuple(Placement)]:
-        raise ValueError(f"state lives at {', '.join(Placement)}, not at {strange[0]!r}")
+        raise ValueError(f"state and weights live at {', '.join(Placement)}, not at {strange[0]!r}")
     return tuple(place for place in Placement if place in names) if names else None
 
 
@@ -159,8 +161,7 @@ class ChunkedModule(nn.Module):
     @property
     def problem(self) -> Problem | None:
         """The planner's problem for the signature that was trained or planned last; None before the first plan."""
-        session = self._session
-        return session.latest.problem(accumulating=session.accumulating) if session.latest else None
+        return self._session.problem
 
     @property
     def progress(self) -> Progress:
@@ -176,8 +177,8 @@ class ChunkedModule(nn.Module):
 
     @property
     def store_nbytes(self) -> int:
-        """Bytes of optimizer state and saved values in the store."""
-        return self._session.store.nbytes
+        """Bytes of optimizer state, weights and saved values in the stores."""
+        return self._session.stores.nbytes
 
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
@@ -187,7 +188,8 @@ class ChunkedModule(nn.Module):
         session = self._session
         schedule = session.planned.schedule
         assert session.latest is not None, "a plan belongs to a signature"
-        write_plan(kept(session.latest, schedule, accumulating=session.accumulating), path)
+        assert session.problem is not None, "a plan answers a question"
+        write_plan(kept(session.latest, session.problem, schedule), path)
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
         """Capture and solve for a batch of this shape without training. Same arguments as a training call."""
@@ -212,9 +214,10 @@ class ChunkedModule(nn.Module):
         batch = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         tangents = compiled.capture.tangents
         sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
-        leaves = {number: self.chunks[number].leaf for number in step.chunks}
-        calls, offloader = [code.call for code in assembled.codes], Offloader(session.store)
-        run = Run(assembled.program, calls, sources, leaves, session.applier(compiled, step), offloader)
+        sources = {value: tensor for value, tensor in sources.items() if value not in assembled.streamed}
+        calls, offloader = [code.call for code in assembled.codes], Offloader(session.stores)
+        leaves, stepper = {number: self.chunks[number].leaf for number in step.chunks}, session.stepper(compiled, step)
+        run = Run(assembled.program, calls, sources, leaves, stepper, offloader, session.keeper, assembled.streamed)
         self._pending = weakref.ref(run)
         return self._connect(compiled, assembled, run, batch)
 

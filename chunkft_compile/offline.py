@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkft_compile.capture import Capture, capture
-from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
+from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import Costs
 from chunkft_compile.deepening import deepen, is_a_stack, shallow_config
 from chunkft_compile.planner import Fingerprint, Link, Placement, Plan, Problem, Schedule, Update, restrict, smallest_budget
@@ -177,13 +177,13 @@ class OfflineModel:
         """The question for the captured model, by the code that real models take."""
         setting = self._setting(self._traced, limit_nbytes, optimizer)
         # a training step also has a scalar that ties it to autograd
-        fixed = fixed_nbytes(self._traced, self._capture, [self._ids]) + self.device.allocated_nbytes(4)
+        fixed = fixed_nbytes(model_nbytes(self._traced), self._capture, [self._ids]) + self.device.allocated_nbytes(4)
         return Compiled(self._capture, fixed, self.costs, setting).problem(accumulating=accumulating)
 
     def _setting(self, model: nn.Module, limit_nbytes: int, optimizer: str) -> Setting:
         chunks = split_parameters(model, limit_nbytes)
         cost = model_optimizer(optimizer, layouts_of(chunks), self.device)
-        return Setting(self.device.memory_nbytes, chunks, cost, self.device.links[0])
+        return Setting(self.device.memory_nbytes, chunks, cost, self.device.links)
 
     def _deepened(self, problem: Problem, limit_nbytes: int, optimizer: str) -> Problem:
         """The question for the whole model: what the shallow one holds throughout a step, less its weights, plus all weights."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from chunkft_compile.liveness import storages
 from chunkft_compile.segments import Segment, is_forward
 from chunkft_compile.tiling import Region
 
@@ -36,10 +37,18 @@ def _without_dropout(node: fx.Node) -> bool:
 
 def inside_of(segment: Segment, option: str, region: Region | None) -> set[fx.Node]:
     """What a backward computes. With tiles: what lies in them again, but no forward exit of theirs; those are small, and saved."""
+    views = _views_of_weights(segment)
     if region is None:
-        return {node for node in segment.nodes if not is_forward(node) or _recomputed(node, option)}
+        return views | {node for node in segment.nodes if not is_forward(node) or _recomputed(node, option)}
     again = {node for node in segment.nodes if _recomputed(node, "cheap") and node not in region.exits}
-    return again | region.inner | {node for node in segment.nodes if not is_forward(node)}
+    return again | (views - region.exits) | region.inner | {node for node in segment.nodes if not is_forward(node)}
+
+
+def _views_of_weights(segment: Segment) -> set[fx.Node]:
+    """Views of what is there anyway: taken again, not kept, since a weight may lie elsewhere by the time of the backward."""
+    given = {storage for node in segment.externals if node.op == "placeholder" for storage in storages(node.meta["val"])}
+    forward = [node for node in segment.nodes if is_forward(node) and isinstance(node.meta.get("val"), torch.Tensor)]
+    return {node for node in forward if set(storages(node.meta["val"])) <= given}
 
 
 def inputs_of(node: fx.Node, region: Region | None) -> list[fx.Node]:

@@ -16,21 +16,22 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.budget import format_nbytes
 from chunkft_compile.capture import capture
-from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
+from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.errors import BudgetError, TrainingError
-from chunkft_compile.planner import Plan, Step, Update, smallest_budget
+from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
-from chunkft_compile.runtime.immediate import Applier
+from chunkft_compile.runtime.engine import Stepper
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
-from chunkft_compile.runtime.store import measure_link, open_store
+from chunkft_compile.runtime.store import Stores, measure_link
 from chunkft_compile.runtime.sweep import Sweep
 from chunkft_compile.runtime.updates import Updater
-from chunkft_compile.solving import Solving, describe_inputs, explained_error, given, solve
+from chunkft_compile.runtime.weights import WeightKeeper
+from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, solve
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -61,7 +62,11 @@ class Session:
         self.accumulating = options.accumulation
         self.sweep: Sweep | None = None
         self.latest: Compiled | None = None
-        self.store = open_store(device, options.directory)
+        self.problem: Problem | None = None
+        self.stores = Stores(device, options.directory)
+        self.keeper = WeightKeeper(model, self.chunks, self.stores, device)
+        self._model_nbytes = model_nbytes(model)
+        self._number = {id(chunk): number for number, chunk in enumerate(self.chunks)}
         self._anchor = anchor
         self._costs = OperatorCosts(device)
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
@@ -69,7 +74,7 @@ class Session:
         self._known: frozenset[type[Optimizer]] = frozenset()
         self._updater = Updater(
             self.chunks,
-            StateMover(self.store),
+            StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper),
             program=_weakly(self, "_update_program"),
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
@@ -94,7 +99,7 @@ class Session:
             found = capture(self.model, args, kwargs, loss_only=self.options.loss_only)
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-            fixed = fixed_nbytes(self.model, found, batch)
+            fixed = fixed_nbytes(self._model_nbytes, found, batch)
             self._compiled[key] = Compiled(found, fixed, self._costs, self._get_setting(), describe_inputs(args, kwargs))
             while len(self._compiled) > _SIGNATURES:
                 self._compiled.popitem(last=False)
@@ -109,6 +114,7 @@ class Session:
     def begin(self, compiled: Compiled) -> Step:
         """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
         self._updater.recover()
+        self.keeper.release()
         self._updater.refuse_unfinished()
         held = {number for number, chunk in enumerate(self.chunks) if chunk.leaf.grad is not None}
         if self.sweep is None:
@@ -132,10 +138,10 @@ class Session:
         self.latest = compiled
         return self.planned.current
 
-    def applier(self, compiled: Compiled, step: Step) -> Applier | None:
-        """What updates the chunks of an IMMEDIATE step inside its backward; None for a HELD one."""
+    def stepper(self, compiled: Compiled, step: Step) -> Stepper:
+        """What does the optimizer's part of a step inside its backward."""
         if step.update is Update.HELD:
-            return None
+            return self._updater.fetcher()
         optimizers = self._updater.optimizers()
         if not optimizers:
             raise TrainingError(
@@ -149,7 +155,7 @@ class Session:
 
     def program(self, compiled: Compiled, step: Step) -> Assembled:
         """The exact program of a step under the current schedule."""
-        return compiled.program(step, resident=self.planned.schedule.resident, accumulating=self.accumulating)
+        return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
 
     def dense_parameters(self) -> tuple[str, ...]:
         """Split parameters whose gradient is computed whole because no slicing rule applies."""
@@ -163,10 +169,18 @@ class Session:
         if self._setting is None:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
-            link = measure_link(self.device, self.options.directory)
-            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates, self.device.type)
+            links = tuple(measure_link(self.device, self.options.directory, place) for place in self._places())
+            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, links, self.options.updates, self.device.type)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
+
+    def _places(self) -> list[Placement]:
+        """Where the plan may put things: the fastest store, and those that were asked for."""
+        solving, plan = self.options.solving, self.options.plan
+        asked = {*(solving.state or ()), *(solving.weights or ())}
+        if plan is not None:
+            asked |= {*plan.schedule.places.state, *plan.schedule.places.weights}
+        return [place for place in Placement if place is not Placement.DEVICE and (place in asked or place is self.stores.fastest)]
 
     def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
         """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""
@@ -179,17 +193,18 @@ class Session:
     def _solve(self, compiled: Compiled) -> None:
         """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
         if self.options.plan is not None:
-            schedule = given(compiled, self.options.plan, accumulating=self.accumulating)
+            problem, schedule = self.options.plan.problem, given(compiled, self.options.plan, accumulating=self.accumulating)
         else:
             try:
-                schedule = solve(compiled, self.options.solving, accumulating=self.accumulating)
+                problem, schedule = solve(compiled, self.options.solving, accumulating=self.accumulating)
             except BudgetError as error:
                 solving = self.options.solving
                 if solving.forced or (solving.max_steps is not None and error.smallest_nbytes <= self.options.budget_nbytes):
                     raise  # there may be schedules, none with these ingredients or so few steps
                 raise self._budget_error(compiled) from None
         self.sweep = self.sweep.continued(schedule) if self.sweep else Sweep(schedule)
-        self.latest = compiled
+        self.latest, self.problem = compiled, problem
+        self.keeper.place(compiled.weight_places(schedule.places))
         if dense := self.dense_parameters():
             logger.warning("no slicing rule for the gradient of %s: it is computed whole and cut, and counted so", ", ".join(dense))
         logger.info(
@@ -205,7 +220,8 @@ class Session:
 
     def _budget_error(self, compiled: Compiled) -> BudgetError:
         """The refusal of a budget. Another budget comes with other chunks, so the advice must hold for its own ones."""
-        problem = compiled.problem(accumulating=self.accumulating)
+        solving = self.options.solving
+        problem = forms(compiled, solving, accumulating=self.accumulating)[-1]
         budget, setting, tried = smallest_budget(problem)[0], compiled.setting, set[int]()
         while True:
             chunks = split_for_budget(self.model, budget)
@@ -214,7 +230,7 @@ class Session:
             tried.add(budget)
             setting = replace(setting, chunks=chunks, optimizer=self._measure(self._updater.check_coverage(), chunks))
             compiled = compiled.under(setting)
-            problem = compiled.problem(accumulating=self.accumulating)
+            problem = forms(compiled, solving, accumulating=self.accumulating)[-1]
             needed = smallest_budget(problem)[0]
             budget = needed if needed not in tried else max(tried)
 
@@ -222,10 +238,10 @@ class Session:
         """Whether a step holds the budget on this signature. No IMMEDIATE step does where gradients are kept over several backwards."""
         if self.accumulating and step.update is Update.IMMEDIATE:
             return False
-        resident = self.planned.schedule.resident
+        places = self.planned.schedule.places
         if not compiled.offers(step):
             return False
-        return compiled.timeline(step, resident=resident, accumulating=self.accumulating).peak_nbytes <= self.options.budget_nbytes
+        return compiled.timeline(step, places, accumulating=self.accumulating).peak_nbytes <= self.options.budget_nbytes
 
     def _shrink(self, compiled: Compiled, held: list[int]) -> None:
         """Gradients are held and the step no longer fits: plan again, and go on with the part of the step that fits.
@@ -233,7 +249,7 @@ class Session:
         The other gradients of this step are dropped; their chunks are trained in a later step of the same sweep.
         """
         self._solve(compiled)
-        problem = compiled.problem(accumulating=True)
+        problem = forms(compiled, self.options.solving, accumulating=True)[-1]
         ground = settle(problem, self.planned.schedule.places)
         kept, options = held, None
         while kept and options is None:
@@ -271,6 +287,11 @@ class Session:
                 f"build the optimizer before the first training call, or before model.plan()"
             )
         self._known |= {type(optimizer)}
+
+    def _state_place(self, chunk: Chunk) -> Placement:
+        """Where the state of a chunk is sent: to its place, or out of the way if it should be on the device."""
+        place = self.planned.schedule.places.state[self._number[id(chunk)]] if self.sweep else Placement.DEVICE
+        return self.stores.fastest if place is Placement.DEVICE else place
 
     def _resident(self) -> frozenset[int]:
         return frozenset(self.sweep.schedule.resident) if self.sweep else frozenset()

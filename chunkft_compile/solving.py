@@ -30,6 +30,7 @@ from chunkft_compile.planner import (
     verify,
 )
 from chunkft_compile.planner.explaining import budget_error, hardest_step
+from chunkft_compile.planner.grounds import leanest
 from chunkft_compile.planner.units import format_nbytes
 
 _LOWERED = 3
@@ -40,7 +41,8 @@ _CLOSE = 1.1  # the times of the planner and of lowered programs differ by a few
 class Solving:
     """How to solve: seconds of work, seed, what to prefer, the most steps of a sweep (None: no limit).
 
-    `options` and `state` force ingredients, as in `planner.restrict`; None leaves all of them.
+    `options`, `state` and `weights` force ingredients, as in `planner.restrict`; None leaves all of them, and weights on the device as
+    long as that fits.
     """
 
     seconds: float = 5.0
@@ -49,24 +51,50 @@ class Solving:
     max_steps: int | None = None
     options: tuple[str, ...] | None = None
     state: tuple[Placement, ...] | None = None
+    weights: tuple[Placement, ...] | None = None
 
     @property
     def forced(self) -> bool:
         """Whether ingredients are forced, which may need a larger budget than planning freely."""
-        return self.options is not None or self.state is not None
+        return self.options is not None or self.state is not None or self.weights is not None
 
 
-def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> Schedule:
-    """The schedule for this signature, with exact peaks and times. Raises `BudgetError`.
+def forms(compiled: Compiled, solving: Solving, *, accumulating: bool) -> list[Problem]:
+    """The planner's question in the order of preference: each one needs fewer bytes than the one before.
 
-    The planner's best few are lowered: its times are bounds, and among plans that are close another may be the fastest.
+    Weights stay on the device where that fits, for then they never move; and bytes are kept free for copies beside calls where there
+    are any, for then copies take no time.
     """
-    problem = restrict(compiled.problem(accumulating=accumulating), options=solving.options, state=solving.state)
+    away = tuple(link.placement for link in compiled.setting.links)
+    where = [solving.weights] if solving.weights is not None else [(Placement.DEVICE,), (Placement.DEVICE, *away)]
+    beside = [True, False] if any(link.overlaps for link in compiled.setting.links) else [False]
+    return [
+        restrict(
+            compiled.problem(accumulating=accumulating, weights=weights, overlaps=overlaps), options=solving.options, state=solving.state
+        )
+        for weights in where
+        for overlaps in beside
+    ]
+
+
+def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> tuple[Problem, Schedule]:
+    """The schedule for this signature, with exact peaks and times, and the question it answers. Raises `BudgetError`."""
+    questions = forms(compiled, solving, accumulating=accumulating)
+    for problem in questions[:-1]:
+        try:
+            return problem, _solve(compiled, problem, solving)
+        except BudgetError:
+            continue
+    return questions[-1], _solve(compiled, questions[-1], solving)
+
+
+def _solve(compiled: Compiled, problem: Problem, solving: Solving) -> Schedule:
+    """The planner's best few are lowered: its times are bounds, and among plans that are close another may be the fastest."""
     found = plans(
         problem, prefer=solving.prefer, max_steps=solving.max_steps, time_limit_s=solving.seconds, seed=solving.seed, most=_LOWERED
     )
     close = [schedule for schedule in found if schedule.sweep_us <= _CLOSE * found[0].sweep_us]
-    exact = [compiled.exact(schedule, accumulating=accumulating) for schedule in close]
+    exact = [compiled.exact(schedule, accumulating=problem.accumulating) for schedule in close]
     schedule = min(exact, key=lambda schedule: (len(schedule.steps) if solving.prefer == "fresh" else 0, schedule.sweep_us))
     budget = problem.budget_nbytes
     assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
@@ -75,8 +103,8 @@ def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> Schedu
 
 def explained_error(compiled: Compiled, problem: Problem, model: nn.Module) -> BudgetError:
     """The refusal of a budget, with the largest tensors at the instruction that binds it."""
-    step, error = hardest_step(problem), budget_error(problem, streaming=False)
-    assembled = compiled.program(step, resident=(), accumulating=problem.accumulating)
+    step, error = hardest_step(problem), budget_error(problem)
+    assembled = compiled.program(step, leanest(problem).places, accumulating=problem.accumulating)
     names = [f"{made.op} {compiled.segments[made.segment].name}" for made in assembled.program.instructions]
     at = names.index(error.binding) if error.binding in names else None
     largest = largest_tensors(assembled, model, compiled.temporary_nbytes, at)
@@ -123,9 +151,9 @@ def describe_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
     return tuple(texts)
 
 
-def kept(compiled: Compiled, schedule: Schedule, *, accumulating: bool) -> Plan:
-    """The schedule of this signature to keep."""
-    return Plan(fingerprint(compiled, accumulating=accumulating), compiled.problem(accumulating=accumulating), schedule, lowered=True)
+def kept(compiled: Compiled, problem: Problem, schedule: Schedule) -> Plan:
+    """The schedule of this signature to keep, and the question it answers."""
+    return Plan(fingerprint(compiled, accumulating=problem.accumulating), problem, schedule, lowered=True)
 
 
 def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:
@@ -134,10 +162,10 @@ def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:
     Raises `PlanMismatch` where it was made for something else, or asks for what this runtime does not do.
     """
     check_fingerprint(planned.fingerprint, fingerprint(compiled, accumulating=accumulating))
-    if set(planned.schedule.places.weights) != {Placement.DEVICE}:
-        raise PlanMismatch(
-            "this plan keeps weights beside the device, and this runtime keeps them on it; plan again with the weights on the device"
-        )
+    places = planned.schedule.places
+    here = {Placement.DEVICE, *(link.placement for link in compiled.setting.links)}
+    if strange_places := {*places.state, *places.weights} - here:
+        raise PlanMismatch(f"this plan keeps something on the {min(strange_places)}, which this device does not use; plan again")
     problem = compiled.problem(accumulating=accumulating)
     names = {cost.option for kind in problem.kinds for cost in kind.costs}
     strange = {option for step in planned.schedule.steps for option in step.options} - names

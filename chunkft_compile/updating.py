@@ -1,7 +1,7 @@
 """Where the optimizer's work stands in the program of a step."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chunkft_compile.liveness import storages
@@ -14,15 +14,16 @@ from chunkft_compile.planner.program import Instruction, Op
 class Update:
     """How the optimizer goes through the chunks of a step: groups of chunks stepped together, with the bytes and time of each.
 
-    `us` is the optimizer's time of a group, `us_of(chunk)` that of moving one chunk's state there and back. `when` HELD, all groups come
-    after the backward; IMMEDIATE, each one as soon as its gradients are complete.
+    `us` is the optimizer's time of a group. `state_nbytes`, `fetch_us` and `evict_us` are of the chunks that move: the bytes of what
+    comes and goes for their update, and the time each way. `when` HELD, all groups come after the backward; IMMEDIATE, each one as soon
+    as its gradients are complete.
     """
 
     groups: tuple[tuple[int, ...], ...]
     transient_nbytes: tuple[int, ...]
-    resident: frozenset[int]
     state_nbytes: Mapping[int, int]
-    us_of: Callable[[int], int]
+    fetch_us: Mapping[int, int]
+    evict_us: Mapping[int, int]
     us: tuple[int, ...]
     when: When = When.HELD
 
@@ -52,14 +53,19 @@ def _last_call(calls: Sequence[Instruction], gradient: int, memory: frozenset[in
 def _moves(update: Update, number: int, gradients: tuple[tuple[int, int], ...], segment: int = -1) -> list[Instruction]:
     """State in, optimizer, state out for one group; what stays on the device does not move. `gradients` are freed by the update."""
     group = update.groups[number]
-    moving = tuple(chunk for chunk in group if chunk not in update.resident)
-    us = sum(update.us_of(chunk) for chunk in moving)
+    moving = tuple(chunk for chunk in group if chunk in update.state_nbytes)
     frees = tuple(value for value, _ in gradients)
     nbytes, step_us = update.transient_nbytes[number], update.us[number]
     step = Instruction(Op.UPDATE, segment, frees=frees, gradients=gradients, chunks=group, transient_nbytes=nbytes, us=step_us)
     if not moving:
         return [step]
-    return [Instruction(Op.FETCH, segment, chunks=moving, us=us // 2), step, Instruction(Op.EVICT, segment, chunks=moving, us=us - us // 2)]
+    fetch_us, evict_us = (sum(us[chunk] for chunk in moving) for us in (update.fetch_us, update.evict_us))
+    return [
+        Instruction(Op.FETCH, segment, chunks=moving, us=fetch_us),
+        step,
+        Instruction(Op.EVICT, segment, chunks=moving, us=evict_us),
+        Instruction(Op.FREE, segment, chunks=moving),
+    ]
 
 
 def lowest_readers(lowering: Lowering) -> dict[str, int]:

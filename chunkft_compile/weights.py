@@ -3,6 +3,7 @@
 from collections import defaultdict
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from chunkft_compile.liveness import storages
@@ -15,8 +16,9 @@ BUFFER_NBYTES = 1 << 20
 class Weights:
     """Parameters and big buffers by the only segment that reads them, forward and backward.
 
-    `segment_of[name]` is that segment. Not in it: weights that several segments read (tied ones), that share a storage with such a
-    weight, that the model returns or writes to, or whose gradient is finished in another segment than the one that reads them.
+    `segment_of[name]` is that segment. Not in it: weights that several segments read (tied ones), that share a storage with another
+    or leave a part of it unused, that the model returns or writes to, or whose gradient is finished in another segment than the one
+    that reads them.
     """
 
     def __init__(self, lowering: Lowering) -> None:
@@ -29,8 +31,12 @@ class Weights:
         return {name: segment for name, segment in alone.items() if segment is not None}
 
     def nbytes(self, segment: int) -> int:
-        """Bytes of the distinct storages that move with `segment`."""
-        return sum(self._storages_of.get(segment, {}).values())
+        """Bytes of the weights that move with `segment`."""
+        return sum(self.nbytes_of(name) for name, reader in self.segment_of.items() if reader == segment)
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of one weight."""
+        return sum(storages([node.meta["val"] for node in self._nodes[name]]).values())
 
     @cached_property
     def _nodes(self) -> dict[str, list[fx.Node]]:
@@ -42,29 +48,27 @@ class Weights:
         return found
 
     def _readers(self) -> dict[str, set[int | None]]:
-        """Segments that read a weight or another weight in its storage; None stands for what is no segment."""
+        """Segments that read a weight, be it through a view; None stands for what is no segment, and for a weight that must stay."""
         owner, capture = self._lowering.owner, self._lowering.capture
-        names_in: dict[int, set[str]] = defaultdict(set)
-        own: dict[str, set[int | None]] = {}
+        lying: dict[int, list[fx.Node]] = defaultdict(list)  # nodes by storage
+        for node in capture.graph.nodes:
+            for storage in storages(node.meta.get("val")):
+                lying[storage].append(node)
+        buffers = set(capture.buffers.values())
+        found: dict[str, set[int | None]] = {}
         for name, nodes in self._nodes.items():
-            own[name] = {owner.get(user) for node in nodes for user in node.users}
+            inside = [node for storage in storages([node.meta["val"] for node in nodes]) for node in lying[storage]]
+            found[name] = {owner.get(user) for node in inside for user in node.users}
             if name in capture.gradients:
-                own[name].add(owner.get(capture.gradients[name]))
-            nbytes = sum(storages([node.meta["val"] for node in nodes]).values())
-            if name in capture.mutations or (name in set(capture.buffers.values()) and nbytes < BUFFER_NBYTES):
-                own[name].add(None)
-            for node in nodes:
-                for storage in storages(node.meta["val"]):
-                    names_in[storage].add(name)
-        together = {name: {name} for name in own}
-        for names in names_in.values():
-            for name in names:
-                together[name] |= names
-        return {name: {reader for other in names for reader in own[other]} for name, names in together.items()}
-
-    @cached_property
-    def _storages_of(self) -> dict[int, dict[int, int]]:
-        found: dict[int, dict[int, int]] = defaultdict(dict)
-        for name, segment in self.segment_of.items():
-            found[segment] |= storages([node.meta["val"] for node in self._nodes[name]])
+                found[name].add(owner.get(capture.gradients[name]))
+            shared = any(node.op == "placeholder" and node not in nodes for node in inside)
+            small = name in buffers and self.nbytes_of(name) < BUFFER_NBYTES
+            whole = all(_is_whole(node.meta["val"]) for node in nodes)
+            if name in capture.mutations or shared or small or not whole:
+                found[name].add(None)
         return found
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous and all of its storage."""
+    return tensor.is_contiguous() and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

@@ -4,7 +4,7 @@ The engine keeps a value only as long as the program says: a call gets the last 
 callee empties, so memory follows the plan to the byte.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,12 +13,13 @@ from torch import nn
 from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program
 from chunkft_compile.runtime.offload import Offloader
+from chunkft_compile.runtime.weights import WeightKeeper
 
 Call = Callable[[list[Any]], Sequence[torch.Tensor]]
 
 
 class Stepper(Protocol):
-    """Executes FETCH, UPDATE and EVICT inside backward; see `runtime/immediate.py`."""
+    """Executes what a backward has to do with the optimizer: of a HELD step FETCH, of an IMMEDIATE one also UPDATE, EVICT and FREE."""
 
     def execute(self, instruction: Instruction, gradients: dict[int, torch.Tensor]) -> None:
         """Do one of them. `gradients` by chunk are those to apply; the callee takes them out, so that they can be freed."""
@@ -37,8 +38,9 @@ class Run:
     """One micro-batch on its way through a program: forward once, then backward once.
 
     `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
-    parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates needs a `stepper`, which gets
-    the slices instead; one that moves values needs an `offloader`.
+    parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates, or one that fetches state in its
+    backward, needs a `stepper`, and the first gives it the slices instead. One that moves values needs an `offloader`; one that moves
+    weights a `keeper`, and in `streamed` the name of every value that lies in them.
     """
 
     def __init__(
@@ -49,23 +51,30 @@ class Run:
         leaves: Mapping[int, nn.Parameter],
         stepper: Stepper | None = None,
         offloader: Offloader | None = None,
+        keeper: WeightKeeper | None = None,
+        streamed: Mapping[int, str] | None = None,
     ) -> None:
-        assert (stepper is not None) == (program.update is Update.IMMEDIATE), f"{program.update} updates with the stepper {stepper}"
         self.program = program
-        self.leaves = leaves
         self.finished = False
+        self.leaves = leaves
         self._calls = calls
         self._stepper = stepper
         self._offloader = offloader
+        self._keeper = keeper
+        self._streamed = streamed or {}
         self._values: dict[int, torch.Tensor] = dict(sources)
+        steps = program.instructions
+        self._middle = 1 + max(number for number, step in enumerate(steps) if step.op is Op.FORWARD)
+        self._end = 1 + max(number for number, step in enumerate(steps) if program.update is Update.IMMEDIATE or not _is_update(step))
 
     def forward(self) -> dict[int, torch.Tensor]:
-        """Execute every FORWARD, and take away what only backward needs; gives the held values."""
-        for instruction in self.program.instructions:
-            if instruction.op is Op.FORWARD:
+        """Execute every FORWARD and the moves around them; gives the held values."""
+        try:
+            for instruction in self.program.instructions[: self._middle]:
                 self._execute(instruction)
-            elif instruction.op is Op.EVICT and instruction.reads:
-                self._moves().evict({value: self._values.pop(value) for value in instruction.reads})
+        except BaseException:
+            self._let_go()
+            raise
         held = {value: self._values[value] for value in self.program.held}
         # Autograd will hang this run on the outputs; the run keeps aliases of them, or the two would hold each other.
         self._values.update({value: tensor.detach() for value, tensor in held.items()})
@@ -79,39 +88,103 @@ class Run:
         self._values.update(tangents)
         self.finished = True
         try:
-            for instruction in self.program.instructions:
-                if instruction.op is Op.BACKWARD:
-                    self._execute(instruction)
-                elif instruction.op is Op.FETCH and instruction.writes:
-                    self._values.update(self._moves().fetch(instruction.writes))
-                elif self._stepper is not None and instruction.chunks and instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT):
-                    self._stepper.execute(instruction, {chunk: self._values.pop(value) for value, chunk in instruction.gradients})
+            for instruction in self.program.instructions[self._middle : self._end]:
+                self._execute(instruction)
         except BaseException:
             if self._stepper is not None:
                 self._stepper.abandon()
             raise
         finally:
-            self._values.clear()
+            self._let_go()
         if self._stepper is not None:
             self._stepper.finish()
 
-    def _moves(self) -> Offloader:
-        assert self._offloader is not None, "a program that moves values runs without an offloader"
-        return self._offloader
-
     def _execute(self, instruction: Instruction) -> None:
+        match instruction.op:
+            case Op.FORWARD | Op.BACKWARD:
+                self._call(instruction)
+            case Op.UPDATE:
+                if self._keeper is not None:
+                    self._keeper.change(instruction.chunks)
+                self._steps.execute(instruction, {chunk: self._values.pop(value) for value, chunk in instruction.gradients})
+            case _ if instruction.chunks:
+                self._steps.execute(instruction, {})
+            case _ if instruction.weights:
+                self._move_weights(instruction)
+            case _:
+                self._move_values(instruction)
+
+    def _call(self, instruction: Instruction) -> None:
         values = self._values
+        if instruction.weights:
+            self._weights.wait(self._names(instruction.reads))
+        if self._offloader is not None:
+            self._offloader.wait(instruction.reads)
         freed = set(instruction.frees)
         args: list[Any] = [values.pop(v) if v in freed else values[v] for v in instruction.reads]
         args.extend(instruction.starts)
         with torch.no_grad():
             results = self._calls[instruction.code](args)
-        gradients = dict(instruction.gradients) if self._stepper is None else {}
+        gradients = dict(instruction.gradients) if self.program.update is Update.HELD else {}
         for value, result in zip(instruction.writes, results, strict=True):
             if value in gradients:
                 _accumulate(self.leaves[gradients[value]], result)
             elif value not in freed:
                 values[value] = result
+
+    def _move_values(self, instruction: Instruction) -> None:
+        match instruction.op:
+            case Op.EVICT:
+                self._moves.evict({value: self._values[value] for value in instruction.reads})
+            case Op.FETCH:
+                self._values.update(self._moves.fetch(instruction.writes))
+            case Op.FREE:
+                for value in instruction.frees:
+                    self._values.pop(value, None)  # a gradient that was added to `.grad` is not among them
+                    if self._offloader is not None and self._offloader.is_leaving(value):
+                        self._offloader.free([value])
+
+    def _move_weights(self, instruction: Instruction) -> None:
+        match instruction.op:
+            case Op.EVICT:
+                self._weights.evict(chunk for chunk, segment in self.program.homes.items() if segment in instruction.weights)
+            case Op.FETCH:
+                found = self._weights.fetch(self._names(instruction.writes))
+                self._values.update({value: found[self._streamed[value]] for value in instruction.writes})
+            case Op.FREE:
+                names = self._names(instruction.frees)
+                for value in instruction.frees:
+                    del self._values[value]
+                self._weights.free(names)
+
+    def _names(self, values: Iterable[int]) -> list[str]:
+        """Weights that these values lie in."""
+        return list(dict.fromkeys(self._streamed[value] for value in values if value in self._streamed))
+
+    def _let_go(self) -> None:
+        self._values.clear()
+        if self._keeper is not None:
+            self._keeper.release()
+
+    @property
+    def _steps(self) -> Stepper:
+        assert self._stepper is not None, "a program that updates or fetches state in its backward runs without a stepper"
+        return self._stepper
+
+    @property
+    def _moves(self) -> Offloader:
+        assert self._offloader is not None, "a program that moves values runs without an offloader"
+        return self._offloader
+
+    @property
+    def _weights(self) -> WeightKeeper:
+        assert self._keeper is not None, "a program that moves weights runs without a keeper"
+        return self._keeper
+
+
+def _is_update(step: Instruction) -> bool:
+    """Whether an instruction is the optimizer's, and not one of values or weights."""
+    return bool(step.chunks)
 
 
 def _accumulate(leaf: nn.Parameter, gradient: torch.Tensor) -> None:

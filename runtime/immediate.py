@@ -14,7 +14,7 @@ from chunkft_compile.runtime.optimizers import step_alone
 
 
 class Applier:
-    """Executes FETCH, UPDATE and EVICT inside one backward. `holders` are the optimizers by chunk number.
+    """Executes FETCH, UPDATE, EVICT and FREE inside one backward. `holders` are the optimizers by chunk number.
 
     An update is the optimizer's own `step` with only its group's `.grad` set, so it takes the learning rate and every other
     setting that the parameter group has at that time. `applied` are the chunks updated so far, with the optimizer that did it;
@@ -34,13 +34,18 @@ class Applier:
         match instruction.op:
             case Op.FETCH:
                 for number in instruction.chunks:
-                    self._mover.fetch(self._holders[number], self._chunks[number].leaf)
+                    self._mover.fetch(self._holders[number], self._chunks[number], rows=False)
             case Op.UPDATE:
+                for number in instruction.chunks:
+                    self._mover.wait(self._chunks[number])
                 for optimizer in {id(self._holders[number]): self._holders[number] for number in instruction.chunks}.values():
                     self._update(optimizer, [number for number in instruction.chunks if self._holders[number] is optimizer], gradients)
             case Op.EVICT:
                 for number in instruction.chunks:
-                    self._mover.evict(self._holders[number], self._chunks[number].leaf)
+                    self._mover.evict(self._holders[number], self._chunks[number])
+            case Op.FREE:
+                for number in instruction.chunks:
+                    self._mover.free(self._holders[number], self._chunks[number])
 
     def _update(self, optimizer: Optimizer, numbers: Sequence[int], gradients: dict[int, torch.Tensor]) -> None:
         leaves = [self._chunks[number].leaf for number in numbers]
@@ -55,6 +60,7 @@ class Applier:
 
     def finish(self) -> None:
         """The backward is complete: say in `.grad` what became of the gradients."""
+        self._mover.synchronize()
         self._holders = {}  # the loss keeps this object alive, and should not keep an optimizer
         for number in self.applied:
             leaf = self._chunks[number].leaf

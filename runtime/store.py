@@ -24,6 +24,17 @@ from chunkft_compile.planner.problem import Link, Placement
 _TRIALS = 5
 
 
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """A copy under way; `tensor` is its target."""
+
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """From here on the target may be used, and the source freed or overwritten."""
+        return self.tensor
+
+
 class Store(Protocol):
     """Keeps copies of tensors outside the budgeted memory."""
 
@@ -32,15 +43,27 @@ class Store(Protocol):
         """Bytes it occupies."""
         ...
 
-    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> torch.Tensor:
-        """Copy `tensor` to `slot`; gives a stand-in with the same contents.
+    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> Copy:
+        """Copy `tensor` to `slot`, to a stand-in with the same contents.
 
         A slot keeps its place as long as what it is given fits; a new place has at least `room_nbytes`.
         """
         ...
 
-    def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The contents of a stand-in as a tensor in the memory of `device`."""
+    def get(self, stand_in: torch.Tensor, device: torch.device) -> Copy:
+        """Copy a stand-in, or rows of one, to new memory of `device`."""
+        ...
+
+    def overwrite(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> Copy:
+        """Copy `tensor` over a stand-in, or over rows of one."""
+        ...
+
+    def drop(self, slot: object) -> None:
+        """Give a slot back; its stand-in must not be used any more."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until every copy is complete, also for readers on the host."""
         ...
 
 
@@ -55,7 +78,7 @@ class HostStore:
         """Bytes it occupies."""
         return sum(slot.numel() for slot in self._slots.values())
 
-    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> torch.Tensor:
+    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> Copy:
         """See `Store.put`."""
         whole = self._slots.get(slot)
         if whole is None or whole.numel() < _nbytes(tensor):
@@ -63,11 +86,22 @@ class HostStore:
             whole = self._slots[slot] = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         stand_in = _as(whole, tensor)
         stand_in.copy_(tensor)  # blocking: the source is dropped right after, and the stand-in may be read at any time
-        return stand_in
+        return Copy(stand_in)
 
-    def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def get(self, stand_in: torch.Tensor, device: torch.device) -> Copy:
         """See `Store.get`."""
-        return stand_in.to(device, copy=True)
+        return Copy(stand_in.to(device, copy=True))
+
+    def overwrite(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> Copy:
+        """See `Store.overwrite`."""
+        return Copy(stand_in.copy_(tensor))
+
+    def drop(self, slot: object) -> None:
+        """See `Store.drop`."""
+        del self._slots[slot]
+
+    def synchronize(self) -> None:
+        """See `Store.synchronize`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +121,7 @@ class FileStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
-            raise ValueError(f"the directory for optimizer state, {directory}, does not exist; create it or pass store=...")
+        check_directory(directory)
         self._file = tempfile.TemporaryFile(dir=directory, prefix="chunkft-state-")  # noqa: SIM115 (lives as long as the store)
         weakref.finalize(self, self._file.close)
         self._directory = directory
@@ -101,21 +134,39 @@ class FileStore:
         """Bytes it occupies."""
         return self._end
 
-    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> torch.Tensor:
+    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> Copy:
         """See `Store.put`."""
         held = self._slots.get(slot)
         if held is None or held.whole.numel() < _nbytes(tensor):
             held = self._slots[slot] = self._claim(max(_nbytes(tensor), room_nbytes))
         source, start = tensor.contiguous(), held.start
         _move(lambda view, at: os.pwrite(self._file.fileno(), view, start + at), source)
-        return _as(held.whole, tensor)
+        return Copy(_as(held.whole, tensor))
 
-    def get(self, stand_in: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def get(self, stand_in: torch.Tensor, device: torch.device) -> Copy:
         """See `Store.get`."""
-        start = self._start_of[stand_in.data_ptr()]
+        start = self._place_of(stand_in)
         tensor = torch.empty_like(stand_in)
         _move(lambda view, at: os.preadv(self._file.fileno(), [view], start + at), tensor)
-        return tensor.to(device)
+        return Copy(tensor.to(device))
+
+    def overwrite(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> Copy:
+        """See `Store.overwrite`."""
+        source, start = tensor.contiguous(), self._place_of(stand_in)
+        _move(lambda view, at: os.pwrite(self._file.fileno(), view, start + at), source)
+        return Copy(stand_in)
+
+    def drop(self, slot: object) -> None:
+        """See `Store.drop`."""
+        del self._start_of[self._slots.pop(slot).whole.data_ptr()]
+
+    def synchronize(self) -> None:
+        """See `Store.synchronize`."""
+
+    def _place_of(self, stand_in: torch.Tensor) -> int:
+        """Where in the file a stand-in, or rows of one, begin."""
+        whole = stand_in.untyped_storage().data_ptr()
+        return self._start_of[whole] + stand_in.data_ptr() - whole
 
     def _claim(self, nbytes: int) -> _Range:
         start = self._end
@@ -128,7 +179,7 @@ class FileStore:
                 f"no room for {length} more bytes of optimizer state or saved values in {self._directory}: {error.strerror}",
             ) from error
         self._end += length
-        whole = torch.frombuffer(mmap.mmap(self._file.fileno(), length, offset=start), dtype=torch.uint8)
+        whole = torch.frombuffer(mmap.mmap(self._file.fileno(), length, offset=start), dtype=torch.uint8, count=nbytes)
         self._start_of[whole.data_ptr()] = start
         return _Range(start, whole)
 
@@ -154,26 +205,52 @@ def _move(transfer: Callable[[memoryview, int], int], tensor: torch.Tensor) -> N
         done += count
 
 
-def open_store(device: torch.device, directory: Path | None) -> Store:
-    """Host memory for an accelerator; for a CPU a file in `directory` (the system's temporary one if None)."""
-    if device.type != "cpu":
-        return HostStore()
-    return FileStore(directory or Path(tempfile.gettempdir()))
+class Stores:
+    """The stores beside a device, opened when first asked for; a file goes to `directory` (the system's temporary one if None)."""
+
+    def __init__(self, device: torch.device, directory: Path | None) -> None:
+        self._directory = directory or Path(tempfile.gettempdir())
+        if device.type == "cpu" or directory is not None:
+            check_directory(self._directory)
+        self.fastest = Placement.DISK if device.type == "cpu" else Placement.HOST
+        self._open: dict[Placement, Store] = {}
+
+    def at(self, place: Placement) -> Store:
+        """The store at a place, which is not the device."""
+        assert place is not Placement.DEVICE, "the device is no store"
+        if place not in self._open:
+            self._open[place] = HostStore() if place is Placement.HOST else FileStore(self._directory)
+        return self._open[place]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of them occupy."""
+        return sum(store.nbytes for store in self._open.values())
+
+    def synchronize(self) -> None:
+        """Wait until every copy is complete, also for readers on the host."""
+        for store in self._open.values():
+            store.synchronize()
+
+
+def check_directory(directory: Path) -> None:
+    """Raise `ValueError` where a store's directory does not exist."""
+    if not directory.is_dir():
+        raise ValueError(f"the directory for optimizer state, {directory}, does not exist; create it or pass store=...")
 
 
 @functools.cache
-def measure_link(device: torch.device, directory: Path | None) -> Link:
-    """The way to such a store and its measured speed: the best of a few trials on 2 MiB, taken once, so that equal plans stay equal."""
-    store = open_store(device, directory)
+def measure_link(device: torch.device, directory: Path | None, place: Placement) -> Link:
+    """The way to the store at `place` and its measured speed: the best of a few trials, taken once, so that equal plans stay equal."""
+    store = Stores(device, directory).at(place)
     sample = torch.ones(2**19, device=device)
-    store.get(store.put("sample", sample), device)
+    store.get(store.put("sample", sample).wait(), device).wait()
     reading, writing = [], []
     for _ in range(_TRIALS):
         start = time.perf_counter()
-        stand_in = store.put("sample", sample)
+        stand_in = store.put("sample", sample).wait()
         middle = time.perf_counter()
-        store.get(stand_in, device)
+        store.get(stand_in, device).wait()
         reading.append(time.perf_counter() - middle)
         writing.append(middle - start)
-    place = Placement.DISK if device.type == "cpu" else Placement.HOST
     return Link(place, max(1, int(2**21 / min(reading))), max(1, int(2**21 / min(writing))))

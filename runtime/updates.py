@@ -49,6 +49,7 @@ class Updater:
         self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
         self._stepped: set[int] = set()  # of the pending step
         self._found: list[weakref.ref[Optimizer]] = []
+        self._prefetched: dict[int, Optimizer] = {}  # state that came in a backward, for the step that follows
         self._applier: Applier | None = None  # of the last backward that updated its step
         self._acknowledged: frozenset[int] = frozenset()  # chunks it updated, whose optimizer is being stepped by the user
         _updaters.add(self)
@@ -103,6 +104,19 @@ class Updater:
         self._applier = Applier(self._chunks, holders, self._mover)
         return self._applier
 
+    def fetcher(self) -> "Fetcher":
+        """For one backward of a HELD step."""
+        return Fetcher(self)
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Begin to bring state for the step that follows; that of chunks whose optimizer is not known yet comes with the step."""
+        known = [optimizer for reference in self._found if (optimizer := reference()) is not None]
+        holders = {number: optimizer for optimizer in known for number in self.chunks_of(optimizer)}
+        for number in numbers:
+            if number in holders:
+                self._prefetched[number] = holders[number]
+                self._mover.fetch(holders[number], self._chunks[number], rows=True)
+
     def refuse_unfinished(self) -> None:
         """Raise `TrainingError` if a step was updated inside backward, and its `optimizer.step()` did not come."""
         waiting = sorted(self._applier.applied) if self._applier is not None else []
@@ -118,14 +132,14 @@ class Updater:
         mine = self.chunks_of(optimizer)
         if not mine:
             return
-        self.recover()
+        self._recover_step()
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) is not supported: a closure would run the step again; call backward() before step()")
         self._acknowledge(optimizer, mine)
         ready = {number for number in mine if self._chunks[number].leaf.grad is not None}
         if not ready:
             return
-        self._evict(dict.fromkeys(mine, optimizer))
+        self._evict({number: optimizer for number in mine if number not in self._prefetched})
         instructions = _restricted(self._program(optimizer), ready)
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
@@ -135,15 +149,22 @@ class Updater:
             for instruction in instructions[:last]:
                 self._execute(instruction, optimizer, gradients)
         except BaseException:
-            self.recover()
+            self._recover_step()
             raise
         self._show(gradients, instructions[last].chunks)
 
     def recover(self) -> None:
-        """After an error inside a step, show the gradients of the chunks that were not stepped. Those that were have none.
+        """Before a new step: send away what came for one that was left out, and put right what an error left behind.
 
-        After an error in a backward with IMMEDIATE updates no chunk has a gradient; those that were updated are reported.
+        After an error inside a step, the gradients of the chunks that were not stepped are shown. Those that were have none. After an
+        error in a backward with IMMEDIATE updates no chunk has a gradient; those that were updated are reported.
         """
+        self._recover_step()
+        prefetched, self._prefetched = self._prefetched, {}
+        for number, optimizer in prefetched.items():
+            self._mover.send_away(optimizer, self._chunks[number])
+
+    def _recover_step(self) -> None:
         if self._applier is not None and self._applier.broken is not None:
             holders, applied = self._applier.broken, frozenset(self._applier.applied)
             self._applier = None
@@ -172,6 +193,7 @@ class Updater:
         self._pending = None
         for instruction in rest:
             self._execute(instruction, optimizer, gradients)
+        self._mover.synchronize()
         self._show(gradients, tuple(gradients))
         self._stepped = set()
         self._done(frozenset(gradients))
@@ -180,15 +202,21 @@ class Updater:
         match instruction.op:
             case Op.FETCH:
                 for number in instruction.chunks:
-                    self._mover.fetch(optimizer, self._chunks[number].leaf)
+                    self._mover.fetch(optimizer, self._chunks[number], rows=True)
             case Op.UPDATE:
+                for number in instruction.chunks:
+                    self._mover.wait(self._chunks[number])
+                    self._prefetched.pop(number, None)
                 self._show(gradients, instruction.chunks)
                 step_alone(optimizer, [self._chunks[number].leaf for number in instruction.chunks])
                 self._stepped.update(instruction.chunks)
                 self._show(gradients, ())
             case Op.EVICT:
                 for number in instruction.chunks:
-                    self._mover.evict(optimizer, self._chunks[number].leaf)
+                    self._mover.evict(optimizer, self._chunks[number])
+            case Op.FREE:
+                for number in instruction.chunks:
+                    self._mover.free(optimizer, self._chunks[number])
 
     def _acknowledge(self, optimizer: Optimizer, mine: Sequence[int]) -> None:
         """The user steps an optimizer whose chunks were updated inside backward: `.grad` is as after `zero_grad`."""
@@ -217,11 +245,29 @@ class Updater:
         resident = self._resident()
         for number, optimizer in holders.items():
             if number not in resident:
-                self._mover.evict(optimizer, self._chunks[number].leaf)
+                self._mover.send_away(optimizer, self._chunks[number])
 
     def _show(self, gradients: Mapping[int, torch.Tensor], shown: Sequence[int]) -> None:
         for number, gradient in gradients.items():
             self._chunks[number].leaf.grad = gradient if number in shown else None
+
+
+class Fetcher:
+    """The stepper of a HELD backward: all it has to do is to begin fetching."""
+
+    def __init__(self, updater: Updater) -> None:
+        self._updater = updater
+
+    def execute(self, instruction: Instruction, gradients: dict[int, torch.Tensor]) -> None:
+        """Begin a FETCH; nothing else of the optimizer's comes before `optimizer.step()`."""
+        assert instruction.op is Op.FETCH, f"{instruction.op} of chunks in a backward whose updates are HELD"
+        self._updater.prefetch(instruction.chunks)
+
+    def finish(self) -> None:
+        """Nothing is to be done."""
+
+    def abandon(self) -> None:
+        """Nothing is to be done: what came is sent away before the next step."""
 
 
 _updaters: "weakref.WeakSet[Updater]" = weakref.WeakSet()
@@ -249,6 +295,6 @@ def _restricted(instructions: Sequence[Instruction], ready: set[int]) -> list[In
     kept = []
     for instruction in instructions:
         chunks = tuple(number for number in instruction.chunks if number in ready)
-        if instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT) and chunks:
+        if chunks:
             kept.append(Instruction(instruction.op, chunks=chunks))
     return kept

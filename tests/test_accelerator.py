@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import chunkft_compile
-from chunkft_compile.planner import Update
+from chunkft_compile.planner import Placement, Update
 from tests import models
 from tests.invariants.by_hand import plan_by_hand
 from tests.support.reference import Slice, train
@@ -247,7 +247,7 @@ def _describe_store(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, A
     tensors = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
     away = [tensor for tensor in tensors if tensor.device.type == "cpu"]
     return {
-        "store": type(model._session.store).__name__,
+        "store": type(model._session.stores.at(Placement.HOST)).__name__,
         "stored nbytes": model.store_nbytes,
         "stand-ins": {
             "device": sorted({tensor.device.type for tensor in away}),

@@ -83,5 +83,5 @@ def test_every_active_chunk_gets_its_gradient_once_and_from_its_rows() -> None:
 def test_state_moves_around_its_update() -> None:
     lowering = lowered("mlp")
     program = assembled(lowering, whole_rows(lowering)).program
-    assert [instruction.op for instruction in program.instructions[-3:]] == [Op.FETCH, Op.UPDATE, Op.EVICT]
-    assert {instruction.chunks for instruction in program.instructions[-3:]} == {tuple(whole_rows(lowering))}
+    assert [instruction.op for instruction in program.instructions[-4:]] == [Op.FETCH, Op.UPDATE, Op.EVICT, Op.FREE]
+    assert {instruction.chunks for instruction in program.instructions[-4:]} == {tuple(whole_rows(lowering))}

@@ -22,7 +22,7 @@ COSTS = OperatorCosts(CPU)
 
 def assembled(lowering: Lowering, chunks: Mapping[int, Rows], option: str | list[str] = "save", *, accumulating: bool = False) -> Assembled:
     """The program that trains `chunks`, stepped all together, with 100 bytes of state each."""
-    update = Update((tuple(chunks),), (0,), frozenset(), dict.fromkeys(chunks, 100), lambda number: 1, (0,))
+    update = Update((tuple(chunks),), (0,), dict.fromkeys(chunks, 100), dict.fromkeys(chunks, 1), dict.fromkeys(chunks, 1), (0,))
     sizes = {number: _nbytes(lowering, rows) for number, rows in chunks.items()}
     options = [option] * len(lowering.segments) if isinstance(option, str) else option
     return assemble(lowering, chunks, options, base_nbytes=0, grad_nbytes=sizes, costs=COSTS, update=update, accumulating=accumulating)

@@ -12,7 +12,7 @@ from torch import nn
 
 import chunkft_compile
 from chunkft_compile.capture import capture
-from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
+from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.offline import Choices, OfflineModel, Shape, build_fake, read_config, smallest_offline
 from chunkft_compile.planner import BudgetError, Chunk, Cost, Kind, Placement, Problem, Update, plan
@@ -53,9 +53,9 @@ def _real_problem(model: nn.Module, costs: OperatorCosts, optimizer: Any) -> Pro
     found = capture(model.train(), (), {"input_ids": ids, "labels": ids})
     chunks = split_for_budget(model, BUDGET)
     cost = measure_optimizer(optimizer, layouts_of(chunks), CPU)
-    setting = Setting(BUDGET, chunks, cost, find_device("cpu").links[0])
+    setting = Setting(BUDGET, chunks, cost, find_device("cpu").links)
     anchor = torch.zeros((), requires_grad=True)
-    return Compiled(found, fixed_nbytes(model, found, [anchor, ids]), costs, setting).problem(accumulating=False)
+    return Compiled(found, fixed_nbytes(model_nbytes(model), found, [anchor, ids]), costs, setting).problem(accumulating=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -65,12 +65,9 @@ def test_big_buffers_move_and_what_is_written_to_stays() -> None:
     assert not {"small", "norm.running_mean", "norm.running_var"} & set(weights.segment_of)
 
 
-def test_weights_in_one_storage_move_together_or_not_at_all() -> None:
+def test_weights_in_one_storage_stay() -> None:
     weights = _weights(Buffered(), torch.randn(4, 8))
-    homes = {name: weights.segment_of.get(name) for name in ("first", "second")}
-    assert len(set(homes.values())) == 1
-    if homes["first"] is not None:
-        assert weights.nbytes(homes["first"]) >= 16 * 8 * 4
+    assert not {"first", "second"} & set(weights.segment_of)
 
 
 @pytest.mark.parametrize("tied", [False, True])

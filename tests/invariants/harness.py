@@ -48,7 +48,7 @@ class Bench:
     def assemble(self, chunks: Mapping[int, Rows], options: Sequence[str]) -> Assembled:
         """The program that trains `chunks`, with no optimizer."""
         nothing = dict.fromkeys(chunks, 0)
-        update = Update(((),), (0,), frozenset(), nothing, lambda _: 0, (0,))
+        update = Update(((),), (0,), {}, {}, {}, (0,))
         return assemble(
             self.lowering,
             chunks,

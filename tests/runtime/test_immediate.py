@@ -9,15 +9,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from chunkft_compile.planner.problem import Placement
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.applied import AppliedGradient, TrainingError
 from chunkft_compile.runtime.chunks import split_parameters
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import FileStore
+from chunkft_compile.runtime.store import Stores
 from chunkft_compile.runtime.updates import Updater
 from tests.runtime.test_updates import OPTIMIZERS, Make
 
+CPU = torch.device("cpu")
 GROUPS = ((3, 2), (1, 0))
 
 
@@ -29,8 +31,9 @@ class Backward:
         self.chunks = split_parameters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)), 10_000)
         self.plain = [nn.Parameter(chunk.leaf.detach().clone()) for chunk in self.chunks]
         self.resident, self.done = resident, list[frozenset[int]]()
-        self.store = FileStore(directory)
-        self.updater = Updater(self.chunks, StateMover(self.store), program=lambda o: [], resident=lambda: resident, done=self.done.append)
+        self.stores = Stores(CPU, directory)
+        mover = StateMover(self.stores, CPU, lambda chunk: Placement.DISK)
+        self.updater = Updater(self.chunks, mover, program=lambda o: [], resident=lambda: resident, done=self.done.append)
         self.optimizers = [make([chunk.leaf for chunk in self.chunks])]
         self.references = [make(self.plain)]
 
@@ -50,6 +53,7 @@ class Backward:
                 applier.execute(Instruction(Op.UPDATE, chunks=chunks), gradients)
                 assert gradients == {}
                 applier.execute(Instruction(Op.EVICT, chunks=moving), {})
+                applier.execute(Instruction(Op.FREE, chunks=moving), {})
         except BaseException:
             applier.abandon()
             raise
@@ -197,7 +201,7 @@ def test_an_error_in_an_update_shows_nothing_half_done(backward: Backward) -> No
 def test_state_is_away_after_an_error(backward: Backward) -> None:
     backward.run(0)
     backward.step()
-    stored = backward.store.nbytes
+    stored = backward.stores.nbytes
     applier = backward.updater.applier(backward.optimizers)
     applier.execute(Instruction(Op.FETCH, chunks=(3, 2)), {})
     applier.abandon()
@@ -205,4 +209,4 @@ def test_state_is_away_after_an_error(backward: Backward) -> None:
     mapped = backward.optimizers[0].state[leaf]["exp_avg"]
     backward.updater.recover()
     assert backward.optimizers[0].state[leaf]["exp_avg"] is not mapped
-    assert backward.store.nbytes == stored
+    assert backward.stores.nbytes == stored

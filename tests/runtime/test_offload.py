@@ -7,17 +7,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkft_compile.planner.problem import Placement
 from chunkft_compile.runtime.offload import Offloader, _rounded
-from chunkft_compile.runtime.store import FileStore, HostStore, Store
+from chunkft_compile.runtime.store import Stores
 from tests.support.allocator import Allocator
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture(params=["file", "host"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return FileStore(tmp_path) if request.param == "file" else HostStore()
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
+    stores = Stores(CPU, tmp_path)
+    stores.fastest = Placement.DISK if request.param == "file" else Placement.HOST
+    return stores
 
 
-def test_round_trip(store: Store) -> None:
+def _send(offloader: Offloader, values: dict[int, torch.Tensor]) -> None:
+    """Evict and free: nobody else holds the values."""
+    offloader.evict(values)
+    numbers = list(values)
+    values.clear()
+    offloader.free(numbers)
+
+
+def test_round_trip(store: Stores) -> None:
     whole = torch.randn(6, 10)
     values = {
         1: whole,
@@ -30,10 +44,10 @@ def test_round_trip(store: Store) -> None:
     copies = {number: value.clone() for number, value in values.items()}
     layouts = {number: (value.stride(), value.storage_offset()) for number, value in values.items()}
     offloader = Offloader(store)
-    offloader.evict(values)
-    assert values == {}
+    _send(offloader, values)
     whole.zero_()  # the store has a copy
     found = offloader.fetch([4, 1, 2, 3]) | offloader.fetch([5, 6])
+    offloader.wait(found)
     for number, copy in copies.items():
         assert torch.equal(found[number], copy)
         assert found[number].dtype == copy.dtype
@@ -44,12 +58,12 @@ def test_round_trip(store: Store) -> None:
 
 
 def test_the_bytes_are_gone_meanwhile(allocator: Allocator, tmp_path: Path) -> None:
-    offloader = Offloader(FileStore(tmp_path))
+    offloader = Offloader(Stores(CPU, tmp_path))
     before = allocator.live()
     values = {number: torch.ones(5000) for number in range(3)}
     allocator.reset()
     held = allocator.live()
-    offloader.evict(values)
+    _send(offloader, values)
     assert allocator.live() == before
     assert allocator.peak() == held  # no copy on the way
     found = offloader.fetch([0, 1, 2])
@@ -57,15 +71,17 @@ def test_the_bytes_are_gone_meanwhile(allocator: Allocator, tmp_path: Path) -> N
     assert len(found) == 3
 
 
-def test_runs_share_slots(store: Store) -> None:
+def test_runs_share_slots(store: Stores) -> None:
     for round_ in range(4):
         offloader = Offloader(store)
-        offloader.evict({number: torch.full((5000 + number,), float(number)) for number in range(3)})
+        _send(offloader, {number: torch.full((5000 + number,), float(number)) for number in range(3)})
         if round_ == 0:
             nbytes = store.nbytes
         assert store.nbytes == nbytes >= 3 * 20_000
         if round_ % 2:  # the others were dropped before their backward
-            assert [value[0].item() for value in offloader.fetch([0, 1, 2]).values()] == [0, 1, 2]
+            found = offloader.fetch([0, 1, 2])
+            offloader.wait(found)
+            assert [value[0].item() for value in found.values()] == [0, 1, 2]
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from chunkft_compile.planner.problem import Placement
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.chunks import Chunk, split_parameters
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import FileStore, HostStore
+from chunkft_compile.runtime.store import Stores
 from chunkft_compile.runtime.updates import Updater
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -32,6 +33,9 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
+CPU = torch.device("cpu")
+
+
 class Training:
     """Four chunks stepped in two groups, and the same leaves stepped plainly."""
 
@@ -41,9 +45,10 @@ class Training:
         self.chunks: tuple[Chunk, ...] = split_parameters(model, 10_000)
         self.plain = [nn.Parameter(chunk.leaf.detach().clone()) for chunk in self.chunks]
         self.done: list[frozenset[int]] = []
-        self.store = FileStore(directory) if directory else HostStore()
+        self.stores, place = Stores(CPU, directory), Placement.DISK if directory else Placement.HOST
+        mover = StateMover(self.stores, CPU, lambda chunk: place)
         self.updater = Updater(
-            self.chunks, StateMover(self.store), program=lambda o: self._program(resident), resident=lambda: resident, done=self.done.append
+            self.chunks, mover, program=lambda o: self._program(resident), resident=lambda: resident, done=self.done.append
         )
         self.optimizer = make([chunk.leaf for chunk in self.chunks])
         self.reference = make(self.plain)
@@ -52,7 +57,7 @@ class Training:
         made = []
         for group in ((0, 1), (2, 3)):
             moving = tuple(number for number in group if number not in resident)
-            made += [Instruction(Op.FETCH, chunks=moving), Instruction(Op.UPDATE, chunks=group), Instruction(Op.EVICT, chunks=moving)]
+            made += [Instruction(op, chunks=group if op is Op.UPDATE else moving) for op in (Op.FETCH, Op.UPDATE, Op.EVICT, Op.FREE)]
         return made
 
     def give_gradients(self, seed: int, numbers: Iterable[int] = range(4)) -> None:
@@ -104,7 +109,7 @@ def test_inactive_state_is_in_the_store_and_visible(training: Training) -> None:
         training.give_gradients(seed)
         training.optimizer.step()
         training.reference.step()
-    assert training.store.nbytes > 0
+    assert training.stores.nbytes > 0
     mine, wanted = training.optimizer.state_dict()["state"], training.reference.state_dict()["state"]
     for number, values in wanted.items():
         assert all(torch.equal(mine[number][key], value) for key, value in values.items())

@@ -1,0 +1,149 @@
+"""Weights that live beside the device: they come for the calls that read them, and go back where they were changed."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from chunkft_compile.planner.problem import Placement
+from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.store import Copy, Store, Stores
+
+
+class WeightKeeper:
+    """Knows where every weight lives, and which are on the device for a while.
+
+    A weight that is away is its stand-in in the store: whoever reads `model.state_dict()` finds its contents. Leaves of chunks follow
+    it: they are rows of the stand-in, or of the copy on the device while there is one.
+    """
+
+    def __init__(self, model: nn.Module, chunks: Sequence[Chunk], stores: Stores, device: torch.device) -> None:
+        self._model = model
+        self._stores = stores
+        self._device = device
+        self._chunks = chunks
+        self._numbers: dict[str, list[int]] = defaultdict(list)
+        for number, chunk in enumerate(chunks):
+            self._numbers[chunk.param].append(number)
+        self._away: dict[str, tuple[torch.Tensor, Store, Placement]] = {}
+        self._here: dict[str, Copy] = {}
+        self._rows: dict[int, Copy] = {}
+        self._leaving: dict[str | int, list[Copy]] = defaultdict(list)
+        self._changed: set[int] = set()
+
+    def place(self, places: Mapping[str, Placement]) -> None:
+        """Bring every weight to its place, one after the other; those without one to the device."""
+        for name in [name for name in self._away if places.get(name, Placement.DEVICE) is not self._away[name][2]]:
+            self._bring_home(name)
+        for name, place in places.items():
+            if place is not Placement.DEVICE and name not in self._away:
+                tensor, store = self._tensor(name), self._stores.at(place)
+                stand_in = store.put(("weight", name), tensor.detach()).wait()
+                self._away[name] = stand_in, store, place
+                self._show(name, stand_in)
+
+    def fetch(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Begin to bring weights to the device."""
+        found = {}
+        for name in names:
+            stand_in, store, _ = self._away[name]
+            self._here[name] = copy = store.get(stand_in, self._device)
+            self._show_rows(name, copy.tensor)
+            found[name] = copy.tensor
+        return found
+
+    def wait(self, names: Iterable[str]) -> None:
+        """From here on fetched weights may be used."""
+        for name in names:
+            self._here[name].wait()
+
+    def evict(self, numbers: Iterable[int]) -> None:
+        """Begin to write the rows of these chunks back to where they live."""
+        for number in numbers:
+            chunk = self._chunks[number]
+            self._changed.discard(number)
+            stand_in, store, _ = self._away[chunk.param]
+            here = self._here[chunk.param].tensor
+            self._leaving[chunk.param].append(store.overwrite(_rows(stand_in, chunk), _rows(here, chunk)))
+
+    def free(self, names: Iterable[str]) -> None:
+        """The bytes of fetched weights go."""
+        for name in names:
+            for copy in self._leaving.pop(name, ()):
+                copy.wait()
+            self._here[name].wait()  # nobody may have read it: what is written to must not be freed
+            del self._here[name]
+            self._show_rows(name, None)
+
+    def release(self) -> None:
+        """Free whatever is on the device for a while, after a step that did not come to its end; changes are written back."""
+        for name in list(self._here):
+            self._here[name].wait()
+            self.evict([number for number in self._numbers.get(name, ()) if number in self._changed])
+            self.free([name])
+
+    def change(self, numbers: Iterable[int]) -> None:
+        """These chunks are about to be changed where they are on the device."""
+        self._changed.update(number for number in numbers if self._chunks[number].param in self._here)
+
+    def fetch_rows(self, chunk: Chunk) -> None:
+        """Begin to bring the rows of a chunk in memory of their own, unless they are there or stay on the device."""
+        if chunk.param in self._away and id(chunk.leaf) not in self._rows:
+            stand_in, store, _ = self._away[chunk.param]
+            self._rows[id(chunk.leaf)] = copy = store.get(_rows(stand_in, chunk), self._device)
+            chunk.leaf.data = copy.tensor
+
+    def wait_rows(self, chunk: Chunk) -> None:
+        """From here on rows that were fetched alone may be used and changed."""
+        if id(chunk.leaf) in self._rows:
+            self._rows[id(chunk.leaf)].wait()
+
+    def evict_rows(self, chunk: Chunk) -> None:
+        """Begin to write rows back that were fetched alone."""
+        if id(chunk.leaf) in self._rows:
+            stand_in, store, _ = self._away[chunk.param]
+            copy = store.overwrite(_rows(stand_in, chunk), self._rows[id(chunk.leaf)].tensor)
+            self._leaving[id(chunk.leaf)].append(copy)
+
+    def free_rows(self, chunk: Chunk) -> None:
+        """The bytes of rows that were fetched alone go."""
+        for copy in self._leaving.pop(id(chunk.leaf), ()):
+            copy.wait()
+        if self._rows.pop(id(chunk.leaf), None) is not None:
+            self._show_rows(chunk.param, None)
+
+    def _bring_home(self, name: str) -> None:
+        stand_in, store, _ = self._away.pop(name)
+        self._show(name, store.get(stand_in, self._device).wait())
+        store.drop(("weight", name))
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        path, _, last = name.rpartition(".")
+        tensor: torch.Tensor = getattr(self._model.get_submodule(path), last)
+        return tensor
+
+    def _show(self, name: str, data: torch.Tensor) -> None:
+        self._tensor(name).data = data
+        self._show_rows(name, data if name not in self._away else None)
+
+    def _show_rows(self, name: str, data: torch.Tensor | None) -> None:
+        """Let the leaves be rows of `data`, or of the stand-in if None.
+
+        A leaf is always on the device, for its gradient is: beside an accelerator it is NaN in the bytes of one element then.
+        """
+        for chunk in (self._chunks[number] for number in self._numbers.get(name, ())):
+            if id(chunk.leaf) in self._rows:
+                continue
+            if data is not None:
+                chunk.leaf.data = _rows(data, chunk)
+                continue
+            stand_in = _rows(self._away[name][0], chunk)
+            if self._device.type == "cpu":
+                chunk.leaf.data = stand_in
+            else:
+                chunk.leaf.data = torch.full((), torch.nan, dtype=stand_in.dtype, device=self._device).expand(stand_in.shape)
+
+
+def _rows(data: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    return data[chunk.start : chunk.stop] if data.dim() else data
