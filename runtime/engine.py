@@ -184,7 +184,7 @@ class Run:
 
 def _is_update(step: Instruction) -> bool:
     """Whether an instruction is the optimizer's, and not one of values or weights."""
-    return bool(step.chunks)
+    return step.op is Op.UPDATE or bool(step.chunks)
 
 
 def _accumulate(leaf: nn.Parameter, gradient: torch.Tensor) -> None:
