@@ -33,7 +33,10 @@ class WeightKeeper:
         self._changed: set[int] = set()
 
     def place(self, places: Mapping[str, Placement]) -> None:
-        """Bring every weight to its place, one after the other; those without one to the device."""
+        """Bring every weight and buffer to its place, one after the other; those without one to the device.
+
+        There they get memory of the device's allocator, wherever they came from: a mapped file, or another device.
+        """
         for name in [name for name in self._away if places.get(name, Placement.DEVICE) is not self._away[name][2]]:
             self._bring_home(name)
         for name, place in places.items():
@@ -42,6 +45,9 @@ class WeightKeeper:
                 stand_in = store.put(("weight", name), tensor.detach()).wait()
                 self._away[name] = stand_in, store, place
                 self._show(name, stand_in)
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            if name not in self._away and (tensor.device != self._device or not tensor.untyped_storage().resizable()):
+                self._show(name, tensor.detach().to(self._device, copy=True))
 
     def fetch(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Begin to bring weights to the device."""

@@ -12,7 +12,6 @@ from chunkft_compile.runtime.offload import Offloader, _rounded
 from chunkft_compile.runtime.store import Stores
 from tests.support.allocator import Allocator
 
-
 CPU = torch.device("cpu")
 
 
