@@ -15,7 +15,7 @@ import chunkft_compile
 from benchmarks.common import Batch, compile_model, train_step
 from benchmarks.llama import build_model
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import open_store
+from chunkft_compile.runtime.stores import Stores
 
 LEARNING_RATE = 1e-5
 
@@ -80,7 +80,8 @@ class Rotation:
         assert len({id(p) for p in trained}) == len(trained) == len(list(model.parameters())), "groups share or miss a parameter"
         self._model, self._groups, self._keep = model, groups, keep
         self._optimizers: dict[int, Optimizer] = {}
-        self._mover = StateMover(open_store(trained[0].device, None))
+        stores = Stores(trained[0].device, None)
+        self._mover = StateMover(stores[stores.placements[0]])
         self._next = 0
 
     @property

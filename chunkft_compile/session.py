@@ -27,7 +27,7 @@ from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
-from chunkft_compile.runtime.store import measure_link, open_store
+from chunkft_compile.runtime.stores import Stores, measure_link
 from chunkft_compile.runtime.sweep import Sweep
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.solving import Solving, describe_inputs, explained_error, given, solve
@@ -61,7 +61,9 @@ class Session:
         self.accumulating = options.accumulation
         self.sweep: Sweep | None = None
         self.latest: Compiled | None = None
-        self.store = open_store(device, options.directory)
+        self.stores = Stores(device, options.directory)
+        self.placement = self.stores.placements[0]
+        self.store = self.stores[self.placement]
         self._anchor = anchor
         self._costs = OperatorCosts(device)
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
@@ -163,7 +165,7 @@ class Session:
         if self._setting is None:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
-            link = measure_link(self.device, self.options.directory)
+            link = measure_link(self.device, self.options.directory, self.placement)
             self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates, self.device.type)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting

@@ -50,7 +50,7 @@ class Offloader:
         for number in numbers:
             away = self._away.pop(number)
             if id(away.stand_in) not in flat:
-                flat[id(away.stand_in)] = self._store.get(away.stand_in, away.device)
+                flat[id(away.stand_in)] = self._store.get(away.stand_in, away.device).wait()
             found[number] = flat[id(away.stand_in)].view(away.dtype).as_strided(away.shape, away.stride, away.offset)
         return found
 
@@ -62,7 +62,7 @@ class Offloader:
         room = _rounded(nbytes)
         slot = ("saved", room, self._used[room])
         self._used[room] += 1
-        return self._store.put(slot, flat, room)
+        return self._store.put(slot, flat, room).wait()
 
 
 def _rounded(nbytes: int) -> int:

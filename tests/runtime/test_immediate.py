@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.applied import AppliedGradient, TrainingError
 from chunkft_compile.runtime.chunks import split_parameters
+from chunkft_compile.runtime.file_store import FileStore
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import FileStore
 from chunkft_compile.runtime.updates import Updater
 from tests.runtime.test_updates import OPTIMIZERS, Make
 

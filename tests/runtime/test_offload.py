@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkft_compile.runtime.file_store import FileStore
 from chunkft_compile.runtime.offload import Offloader, _rounded
-from chunkft_compile.runtime.store import FileStore, HostStore, Store
+from chunkft_compile.runtime.store import Store
 from tests.support.allocator import Allocator
 
 
-@pytest.fixture(params=["file", "host"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return FileStore(tmp_path) if request.param == "file" else HostStore()
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return FileStore(tmp_path)
 
 
 def test_round_trip(store: Store) -> None:

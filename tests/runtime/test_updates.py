@@ -1,6 +1,7 @@
 """A step that goes group by group equals one plain step, runs the user's hooks once, and says what it cannot do."""
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.chunks import Chunk, split_parameters
+from chunkft_compile.runtime.file_store import FileStore
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import FileStore, HostStore
 from chunkft_compile.runtime.updates import Updater
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -41,7 +42,7 @@ class Training:
         self.chunks: tuple[Chunk, ...] = split_parameters(model, 10_000)
         self.plain = [nn.Parameter(chunk.leaf.detach().clone()) for chunk in self.chunks]
         self.done: list[frozenset[int]] = []
-        self.store = FileStore(directory) if directory else HostStore()
+        self.store = FileStore(directory or Path(tempfile.gettempdir()))
         self.updater = Updater(
             self.chunks, StateMover(self.store), program=lambda o: self._program(resident), resident=lambda: resident, done=self.done.append
         )
