@@ -8,7 +8,7 @@ import torch
 
 from chunkft_compile.runtime.ranges import Range, Ranges
 from chunkft_compile.runtime.scratch import PAGE, ScratchFile
-from chunkft_compile.runtime.store import Traffic, check_sizes, flat, nbytes_of, shaped
+from chunkft_compile.runtime.store import Traffic, check_sizes, flat, shaped
 from chunkft_compile.runtime.transfers import Direction, Job, Transfers
 
 _CPU = torch.device("cpu")
@@ -65,6 +65,7 @@ class FileStore:
     """
 
     def __init__(self, directory: Path, device: torch.device = _CPU) -> None:
+        self._device = device
         self._file = ScratchFile(directory)
         self.direct = self._file.direct
         self._transfers = Transfers(self._file, device)
@@ -87,12 +88,13 @@ class FileStore:
 
     def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> FileCopy:
         """See `Store.put`."""
-        place = self._slots.get(slot)
-        if place is None or place.range.nbytes < nbytes_of(tensor):
-            place = self._replace(slot, max(nbytes_of(tensor), room_nbytes))
-        place.used = nbytes_of(tensor)
         source = tensor.detach().contiguous()
-        job = Job(Direction.WRITE, flat(source, "a tensor"), place.range.start, place.range.start + place.used, place.jobs)
+        contents = self._bytes(source)
+        place = self._slots.get(slot)
+        if place is None or place.range.nbytes < contents.numel():
+            place = self._replace(slot, max(contents.numel(), room_nbytes))
+        place.used = contents.numel()
+        job = Job(Direction.WRITE, contents, place.range.start, place.range.start + place.used, place.jobs)
         return self._write(place, job, shaped(place.whole, tensor), source)
 
     def put_into(self, part: torch.Tensor, tensor: torch.Tensor) -> FileCopy:
@@ -101,7 +103,7 @@ class FileStore:
         check_sizes(part, tensor)
         source = tensor.detach().contiguous()
         used = place.range.start + place.used
-        return self._write(place, Job(Direction.WRITE, flat(source, "a tensor"), start, used, place.jobs, place.written), part, source)
+        return self._write(place, Job(Direction.WRITE, self._bytes(source), start, used, place.jobs, place.written), part, source)
 
     def get(self, stand_in: torch.Tensor, device: torch.device) -> FileCopy:
         """See `Store.get`."""
@@ -112,7 +114,7 @@ class FileStore:
         """See `Store.get_into`."""
         place, start = self._find(stand_in)
         check_sizes(stand_in, target)
-        job = Job(Direction.READ, flat(target, "the target of a copy"), start, start, (), place.written)
+        job = Job(Direction.READ, self._bytes(target), start, start, (), place.written)
         place.read = [read for read in place.read if not read.done.is_set()]
         place.read.append(job)
         self._start(job)
@@ -147,6 +149,11 @@ class FileStore:
         self._started = [old for old in self._started if not old.done.is_set() or (old.error is not None and not old.raised)]
         self._started.append(job)
         self._transfers.start(job)
+
+    def _bytes(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type not in ("cpu", self._device.type):
+            raise ValueError(f"this store copies for {self._device}, and was given a tensor on {tensor.device}; open it for that device")
+        return flat(tensor, "the target of a copy")
 
     def _find(self, stand_in: torch.Tensor) -> tuple[_Place, int]:
         """Its place, and where in the file it starts."""

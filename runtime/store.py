@@ -48,8 +48,11 @@ class Traffic:
 
     @property
     def hidden(self) -> float:
-        """The share of transfer time that computing did not wait for; 1 where nothing was moved."""
-        moving = self.reading_us + self.writing_us
+        """The share of transfer time that computing did not wait for, 0 to 1; 1 where nothing was moved.
+
+        Both directions may move at once: the longer of the two counts, so that it is never too large.
+        """
+        moving = max(self.reading_us, self.writing_us)
         return max(0.0, 1 - self.waiting_us / moving) if moving else 1.0
 
 

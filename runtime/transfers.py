@@ -143,11 +143,11 @@ class _Staging:
         self._copy(memory, self.buffer.bytes[offset : offset + memory.numel()], ready)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, ready: torch.Event | None) -> None:
-        if self._stream is None:
+        if ready is None:
             # Lets other threads run, and unlike `copy_` needs no OpenMP threads, of which each worker would get a team of its own.
             ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
             return
-        assert ready is not None
+        assert self._stream is not None, "staging for a CPU is given memory of an accelerator"
         # What makes the source may still be queued, and so may work on the block that the allocator has handed out as the target.
         self._stream.wait_event(ready)
         with self._stream:

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,35 @@ def test_a_full_disk_is_an_error_with_the_directory(store: FileStore, tmp_path: 
     assert store.nbytes == nbytes
     assert torch.equal(store.get(kept, CPU).wait(), ONES)  # what was there is still there
     assert torch.equal(store.put("b", ONES).wait(), ONES)  # and when there is room again, it goes on
+
+
+@pytest.mark.slow  # a process of its own takes most of ten seconds to load torch on a busy machine
+def test_a_full_filesystem(tmp_path: Path) -> None:
+    """A small one in memory, mounted for a process of its own."""
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no filesystem can be mounted here")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount} && {sys.executable} -m tests.runtime.test_file_errors {tmp_path}"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"no room for 401408 more bytes of optimizer state or saved values in {tmp_path}: No space left" in done.stdout
+
+
+def _fill_filesystem(directory: Path) -> None:
+    """What runs in the other process."""
+    store = FileStore(directory)
+    kept = store.put("a", ONES).wait()
+    try:
+        store.put("b", torch.ones(100_000))
+    except OSError as error:
+        print(error)
+    assert torch.equal(store.get(kept, CPU).wait(), ONES)
 
 
 def test_a_limit_on_the_size_of_files(store: FileStore) -> None:
@@ -199,3 +230,7 @@ def test_where_direct_transfers_do_not_work_others_do(tmp_path: Path, monkeypatc
     stand_in = store.put("a", tensor).wait()
     assert torch.equal(stand_in, tensor)
     assert torch.equal(store.get(stand_in, CPU).wait(), tensor)
+
+
+if __name__ == "__main__":
+    _fill_filesystem(Path(sys.argv[1]))

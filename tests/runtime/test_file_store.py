@@ -138,6 +138,8 @@ def test_strangers_are_refused(store: FileStore) -> None:
         store.put_into(stand_in, torch.ones(25))
     with pytest.raises(ValueError, match=r"the target of a copy of shape \(4, 6\) and strides \(1, 4\) is not contiguous"):
         store.get_into(stand_in, torch.ones(6, 4).t())
+    with pytest.raises(ValueError, match="this store copies for cpu, and was given a tensor on meta; open it for that device"):
+        store.put("b", torch.ones(3, device="meta"))
 
 
 def _resident_nbytes() -> int:
@@ -244,6 +246,6 @@ def test_it_counts_what_it_moves(store: FileStore) -> None:
 
 
 def test_the_share_that_is_hidden() -> None:
-    assert Traffic(reading_us=60, writing_us=40, waiting_us=25).hidden == 0.75
-    assert Traffic(reading_us=60, waiting_us=90).hidden == 0
+    assert Traffic(reading_us=60, writing_us=40, waiting_us=15).hidden == 0.75
+    assert Traffic(reading_us=60, writing_us=40, waiting_us=90).hidden == 0
     assert Traffic().hidden == 1
