@@ -16,7 +16,7 @@ from benchmarks.common import Batch, compile_model, train_step
 from benchmarks.llama import build_model
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import Stores
+from chunkft_compile.runtime.stores import Stores
 
 LEARNING_RATE = 1e-5
 
@@ -83,7 +83,7 @@ class Rotation:
         self._optimizers: dict[int, Optimizer] = {}
         device = trained[0].device
         self._stores = Stores(device, None)
-        self._mover = StateMover(self._stores, device, lambda chunk: self._stores.fastest)
+        self._mover = StateMover(self._stores, device, lambda chunk: self._stores.placements[0])
         self._next = 0
 
     @property

@@ -27,7 +27,7 @@ from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Stepper
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
-from chunkft_compile.runtime.store import Stores, measure_link
+from chunkft_compile.runtime.stores import Stores, measure_link
 from chunkft_compile.runtime.sweep import Sweep
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
@@ -180,7 +180,7 @@ class Session:
         asked = {*(solving.state or ()), *(solving.weights or ())}
         if plan is not None:
             asked |= {*plan.schedule.places.state, *plan.schedule.places.weights}
-        return [place for place in Placement if place is not Placement.DEVICE and (place in asked or place is self.stores.fastest)]
+        return [place for place in Placement if place is not Placement.DEVICE and (place in asked or place is self.stores.placements[0])]
 
     def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
         """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""
@@ -291,7 +291,7 @@ class Session:
     def _state_place(self, chunk: Chunk) -> Placement:
         """Where the state of a chunk is sent: to its place, or out of the way if it should be on the device."""
         place = self.planned.schedule.places.state[self._number[id(chunk)]] if self.sweep else Placement.DEVICE
-        return self.stores.fastest if place is Placement.DEVICE else place
+        return self.stores.placements[0] if place is Placement.DEVICE else place
 
     def _resident(self) -> frozenset[int]:
         return frozenset(self.sweep.schedule.resident) if self.sweep else frozenset()

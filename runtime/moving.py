@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from chunkft_compile.planner.problem import Placement
 from chunkft_compile.runtime.chunks import Chunk
-from chunkft_compile.runtime.store import Copy, Store, Stores
+from chunkft_compile.runtime.store import Copy, Store
+from chunkft_compile.runtime.stores import Stores
 from chunkft_compile.runtime.weights import WeightKeeper
 
 _Key = tuple[int, str]  # of a leaf and a name in its state
@@ -62,7 +63,7 @@ class StateMover:
         leaving = self._leaving.setdefault(id(leaf), [])
         for key, value in optimizer.state.get(leaf, {}).items():
             if isinstance(value, torch.Tensor) and value.numel() > 1 and not self._is_away(leaf, key, value):
-                store = self._stores.at(self._place(chunk))
+                store = self._stores[self._place(chunk)]
                 leaving.append((key, store.put((id(leaf), key), value), store))
         if self._weights is not None:
             self._weights.evict_rows(chunk)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from chunkft_compile.runtime.store import Copy, Store, Stores
+from chunkft_compile.runtime.store import Copy, Store
+from chunkft_compile.runtime.stores import Stores
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Offloader:
 
     @property
     def _store(self) -> Store:
-        return self._stores.at(self._stores.fastest)
+        return self._stores[self._stores.placements[0]]
 
     def _put(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Copy]:
         """The whole storage behind a tensor, as single bytes."""

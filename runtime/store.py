@@ -1,256 +1,128 @@
-"""Where optimizer state and saved values live between uses: host memory beside an accelerator, a file beside a CPU.
+"""What a store is: a place outside the budgeted memory that tensors are copied to and from while the device computes."""
 
-On a CPU the host's memory is the budgeted memory, so only a file frees bytes. The file is scratch: it has no name in its directory
-once it is open and vanishes with the process.
-"""
-
-import ctypes
-import errno
-import functools
-import mmap
-import os
-import tempfile
-import time
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from chunkft_compile.planner.problem import Link, Placement
 
-_TRIALS = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Copy:
-    """A copy under way; `tensor` is its target."""
-
-    tensor: torch.Tensor
-
-    def wait(self) -> torch.Tensor:
-        """From here on the target may be used, and the source freed or overwritten."""
-        return self.tensor
-
-
-class Store(Protocol):
-    """Keeps copies of tensors outside the budgeted memory."""
+class Copy(Protocol):
+    """A copy under way. One that is dropped without a `wait` goes on, and its bytes stay until it is done."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes it occupies."""
+    def tensor(self) -> torch.Tensor:
+        """Its target: the stand-in of a `put`, the tensor on the device of a `get`."""
         ...
 
-    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> Copy:
-        """Copy `tensor` to `slot`, to a stand-in with the same contents.
+    def wait(self) -> torch.Tensor:
+        """From here on the current stream (on a CPU, this thread) may use the target, and free or overwrite the source.
 
-        A slot keeps its place as long as what it is given fits; a new place has at least `room_nbytes`.
+        Gives the target. Raises what went wrong with the copy: the source of a `put` that failed is as it was. May be called again.
         """
         ...
 
-    def get(self, stand_in: torch.Tensor, device: torch.device) -> Copy:
-        """Copy a stand-in, or rows of one, to new memory of `device`."""
-        ...
 
-    def overwrite(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> Copy:
-        """Copy `tensor` over a stand-in, or over rows of one."""
-        ...
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What has gone over the link of a store: bytes of the copies that are done.
 
-    def drop(self, slot: object) -> None:
-        """Give a slot back; its stand-in must not be used any more."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until every copy is complete, also for readers on the host."""
-        ...
-
-
-class HostStore:
-    """Host memory, pinned where there is an accelerator to copy for."""
-
-    def __init__(self) -> None:
-        self._slots: dict[object, torch.Tensor] = {}  # of single bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it occupies."""
-        return sum(slot.numel() for slot in self._slots.values())
-
-    def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> Copy:
-        """See `Store.put`."""
-        whole = self._slots.get(slot)
-        if whole is None or whole.numel() < _nbytes(tensor):
-            room, pinned = max(_nbytes(tensor), room_nbytes), tensor.device.type != "cpu"
-            whole = self._slots[slot] = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        stand_in = _as(whole, tensor)
-        stand_in.copy_(tensor)  # blocking: the source is dropped right after, and the stand-in may be read at any time
-        return Copy(stand_in)
-
-    def get(self, stand_in: torch.Tensor, device: torch.device) -> Copy:
-        """See `Store.get`."""
-        return Copy(stand_in.to(device, copy=True))
-
-    def overwrite(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> Copy:
-        """See `Store.overwrite`."""
-        return Copy(stand_in.copy_(tensor))
-
-    def drop(self, slot: object) -> None:
-        """See `Store.drop`."""
-        del self._slots[slot]
-
-    def synchronize(self) -> None:
-        """See `Store.synchronize`."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Range:
-    """A page-aligned range of the file, and the tensor of single bytes that maps it."""
-
-    start: int
-    whole: torch.Tensor
-
-
-class FileStore:
-    """One file; each slot is a page-aligned range of it.
-
-    Space is claimed when a slot is made, so a full disk is an `OSError` there and not a crash at some later write. Contents are
-    written and read by position, straight from and to the tensor's memory; a stand-in maps its range for those who look at it
-    in between (`optimizer.state_dict()`), and takes no memory until then.
+    `reading_us` and `writing_us` are microseconds in which at least one copy of that direction was moving bytes, `waiting_us` those
+    for which computing stood still in `Copy.wait`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        check_directory(directory)
-        self._file = tempfile.TemporaryFile(dir=directory, prefix="chunkft-state-")  # noqa: SIM115 (lives as long as the store)
-        weakref.finalize(self, self._file.close)
-        self._directory = directory
-        self._end = 0
-        self._slots: dict[object, _Range] = {}
-        self._start_of: dict[int, int] = {}
+    read_nbytes: int = 0
+    written_nbytes: int = 0
+    reading_us: int = 0
+    writing_us: int = 0
+    waiting_us: int = 0
+
+    def __sub__(self, earlier: "Traffic") -> "Traffic":
+        """What was added since `earlier`."""
+        return Traffic(
+            self.read_nbytes - earlier.read_nbytes,
+            self.written_nbytes - earlier.written_nbytes,
+            self.reading_us - earlier.reading_us,
+            self.writing_us - earlier.writing_us,
+            self.waiting_us - earlier.waiting_us,
+        )
+
+    @property
+    def hidden(self) -> float:
+        """The share of transfer time that computing did not wait for, 0 to 1; 1 where nothing was moved.
+
+        Both directions may move at once: the longer of the two counts, so that it is never too large.
+        """
+        moving = max(self.reading_us, self.writing_us)
+        return max(0.0, 1 - self.waiting_us / moving) if moving else 1.0
+
+
+class Store(Protocol):
+    """Keeps copies of tensors outside the budgeted memory.
+
+    A *slot* is a place with a name; a *stand-in* is a host tensor with the contents of a slot, for those who look at it in between
+    (`optimizer.state_dict()`, after `synchronize`). Copies of one slot happen in the order in which they were started.
+    """
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
-        return self._end
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """What it has moved so far."""
+        ...
 
     def put(self, slot: object, tensor: torch.Tensor, room_nbytes: int = 0) -> Copy:
-        """See `Store.put`."""
-        held = self._slots.get(slot)
-        if held is None or held.whole.numel() < _nbytes(tensor):
-            held = self._slots[slot] = self._claim(max(_nbytes(tensor), room_nbytes))
-        source, start = tensor.contiguous(), held.start
-        _move(lambda view, at: os.pwrite(self._file.fileno(), view, start + at), source)
-        return Copy(_as(held.whole, tensor))
+        """Start to copy `tensor` to `slot`; the target is the stand-in.
+
+        A slot keeps its place as long as what it is given fits; a new place has at least `room_nbytes`. Raises `OSError` if there
+        is no room.
+        """
+        ...
+
+    def put_into(self, part: torch.Tensor, tensor: torch.Tensor) -> Copy:
+        """Start to overwrite `part`, a contiguous view of a stand-in, with the contents of `tensor`; the rest of the slot stays."""
+        ...
 
     def get(self, stand_in: torch.Tensor, device: torch.device) -> Copy:
-        """See `Store.get`."""
-        start = self._place_of(stand_in)
-        tensor = torch.empty_like(stand_in)
-        _move(lambda view, at: os.preadv(self._file.fileno(), [view], start + at), tensor)
-        return Copy(tensor.to(device))
+        """Allocate on `device` now, and start to copy the contents of a stand-in (or of a contiguous view of it) there."""
+        ...
 
-    def overwrite(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> Copy:
-        """See `Store.overwrite`."""
-        source, start = tensor.contiguous(), self._place_of(stand_in)
-        _move(lambda view, at: os.pwrite(self._file.fileno(), view, start + at), source)
-        return Copy(stand_in)
+    def get_into(self, stand_in: torch.Tensor, target: torch.Tensor) -> Copy:
+        """As `get`, into memory that is there already: contiguous, of as many bytes."""
+        ...
 
     def drop(self, slot: object) -> None:
-        """See `Store.drop`."""
-        del self._start_of[self._slots.pop(slot).whole.data_ptr()]
+        """Give the place of a slot back, once the copies of it are done. Its stand-ins have no meaning from then on."""
+        ...
 
     def synchronize(self) -> None:
-        """See `Store.synchronize`."""
+        """Wait until every copy started so far is done, so that the host may read all stand-ins.
 
-    def _place_of(self, stand_in: torch.Tensor) -> int:
-        """Where in the file a stand-in, or rows of one, begin."""
-        whole = stand_in.untyped_storage().data_ptr()
-        return self._start_of[whole] + stand_in.data_ptr() - whole
-
-    def _claim(self, nbytes: int) -> _Range:
-        start = self._end
-        length = -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        try:
-            os.posix_fallocate(self._file.fileno(), start, length)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"no room for {length} more bytes of optimizer state or saved values in {self._directory}: {error.strerror}",
-            ) from error
-        self._end += length
-        whole = torch.frombuffer(mmap.mmap(self._file.fileno(), length, offset=start), dtype=torch.uint8, count=nbytes)
-        self._start_of[whole.data_ptr()] = start
-        return _Range(start, whole)
+        Raises the first error of a copy that no `wait` has raised, or that has left a slot without its contents.
+        """
+        ...
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
+def nbytes_of(tensor: torch.Tensor) -> int:
+    """Bytes of its elements."""
     return tensor.numel() * tensor.element_size()
 
 
-def _as(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The first bytes of a place as a contiguous tensor of the shape and dtype of another."""
-    return whole[: _nbytes(tensor)].view(tensor.dtype).view(tensor.shape)
+def shaped(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The first of some single bytes as a contiguous tensor of the shape and dtype of another."""
+    return whole[: nbytes_of(like)].view(like.dtype).view(like.shape)
 
 
-def _move(transfer: Callable[[memoryview, int], int], tensor: torch.Tensor) -> None:
-    """Transfer all bytes of a contiguous CPU tensor; one system call may do a part only."""
-    nbytes = _nbytes(tensor)
-    view = memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
-    done = 0
-    while done < nbytes:
-        count = transfer(view[done:], done)
-        if count <= 0:
-            raise OSError(errno.EIO, f"the file of optimizer state ended {nbytes - done} bytes early")
-        done += count
+def flat(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The single bytes of a contiguous tensor, without a copy. Raises `ValueError` if it is not contiguous; `what` names it there."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{what} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous; make it so first")
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
-class Stores:
-    """The stores beside a device, opened when first asked for; a file goes to `directory` (the system's temporary one if None)."""
-
-    def __init__(self, device: torch.device, directory: Path | None) -> None:
-        self._directory = directory or Path(tempfile.gettempdir())
-        if device.type == "cpu" or directory is not None:
-            check_directory(self._directory)
-        self.fastest = Placement.DISK if device.type == "cpu" else Placement.HOST
-        self._open: dict[Placement, Store] = {}
-
-    def at(self, place: Placement) -> Store:
-        """The store at a place, which is not the device."""
-        assert place is not Placement.DEVICE, "the device is no store"
-        if place not in self._open:
-            self._open[place] = HostStore() if place is Placement.HOST else FileStore(self._directory)
-        return self._open[place]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all of them occupy."""
-        return sum(store.nbytes for store in self._open.values())
-
-    def synchronize(self) -> None:
-        """Wait until every copy is complete, also for readers on the host."""
-        for store in self._open.values():
-            store.synchronize()
-
-
-def check_directory(directory: Path) -> None:
-    """Raise `ValueError` where a store's directory does not exist."""
-    if not directory.is_dir():
-        raise ValueError(f"the directory for optimizer state, {directory}, does not exist; create it or pass store=...")
-
-
-@functools.cache
-def measure_link(device: torch.device, directory: Path | None, place: Placement) -> Link:
-    """The way to the store at `place` and its measured speed: the best of a few trials, taken once, so that equal plans stay equal."""
-    store = Stores(device, directory).at(place)
-    sample = torch.ones(2**19, device=device)
-    store.get(store.put("sample", sample).wait(), device).wait()
-    reading, writing = [], []
-    for _ in range(_TRIALS):
-        start = time.perf_counter()
-        stand_in = store.put("sample", sample).wait()
-        middle = time.perf_counter()
-        store.get(stand_in, device).wait()
-        reading.append(time.perf_counter() - middle)
-        writing.append(middle - start)
-    return Link(place, max(1, int(2**21 / min(reading))), max(1, int(2**21 / min(writing))))
+def check_sizes(stand_in: torch.Tensor, other: torch.Tensor) -> None:
+    """Raises `ValueError` unless both have as many bytes."""
+    if nbytes_of(stand_in) != nbytes_of(other):
+        raise ValueError(f"a place of {nbytes_of(stand_in)} bytes in the store does not match a tensor of {nbytes_of(other)} bytes")

@@ -148,6 +148,7 @@ class Updater:
         try:
             for instruction in instructions[:last]:
                 self._execute(instruction, optimizer, gradients)
+            self._await(instructions[last].chunks)
         except BaseException:
             self._recover_step()
             raise
@@ -204,9 +205,7 @@ class Updater:
                 for number in instruction.chunks:
                     self._mover.fetch(optimizer, self._chunks[number], rows=True)
             case Op.UPDATE:
-                for number in instruction.chunks:
-                    self._mover.wait(self._chunks[number])
-                    self._prefetched.pop(number, None)
+                self._await(instruction.chunks)
                 self._show(gradients, instruction.chunks)
                 step_alone(optimizer, [self._chunks[number].leaf for number in instruction.chunks])
                 self._stepped.update(instruction.chunks)
@@ -217,6 +216,12 @@ class Updater:
             case Op.FREE:
                 for number in instruction.chunks:
                     self._mover.free(optimizer, self._chunks[number])
+
+    def _await(self, numbers: Iterable[int]) -> None:
+        """The state of these chunks is about to be used."""
+        for number in numbers:
+            self._mover.wait(self._chunks[number])
+            self._prefetched.pop(number, None)
 
     def _acknowledge(self, optimizer: Optimizer, mine: Sequence[int]) -> None:
         """The user steps an optimizer whose chunks were updated inside backward: `.grad` is as after `zero_grad`."""

@@ -8,7 +8,8 @@ from torch import nn
 
 from chunkft_compile.planner.problem import Placement
 from chunkft_compile.runtime.chunks import Chunk
-from chunkft_compile.runtime.store import Copy, Store, Stores
+from chunkft_compile.runtime.store import Copy, Store
+from chunkft_compile.runtime.stores import Stores
 
 
 class WeightKeeper:
@@ -41,7 +42,7 @@ class WeightKeeper:
             self._bring_home(name)
         for name, place in places.items():
             if place is not Placement.DEVICE and name not in self._away:
-                tensor, store = self._tensor(name), self._stores.at(place)
+                tensor, store = self._tensor(name), self._stores[place]
                 stand_in = store.put(("weight", name), tensor.detach()).wait()
                 self._away[name] = stand_in, store, place
                 self._show(name, stand_in)
@@ -71,7 +72,7 @@ class WeightKeeper:
             self._changed.discard(number)
             stand_in, store, _ = self._away[chunk.param]
             here = self._here[chunk.param].tensor
-            self._leaving[chunk.param].append(store.overwrite(_rows(stand_in, chunk), _rows(here, chunk)))
+            self._leaving[chunk.param].append(store.put_into(_rows(stand_in, chunk), _rows(here, chunk)))
 
     def free(self, names: Iterable[str]) -> None:
         """The bytes of fetched weights go."""
@@ -109,7 +110,7 @@ class WeightKeeper:
         """Begin to write rows back that were fetched alone."""
         if id(chunk.leaf) in self._rows:
             stand_in, store, _ = self._away[chunk.param]
-            copy = store.overwrite(_rows(stand_in, chunk), self._rows[id(chunk.leaf)].tensor)
+            copy = store.put_into(_rows(stand_in, chunk), self._rows[id(chunk.leaf)].tensor)
             self._leaving[id(chunk.leaf)].append(copy)
 
     def free_rows(self, chunk: Chunk) -> None:

@@ -31,10 +31,10 @@ def _program(
             Op.BACKWARD, s, reads=(s, *reads), writes=(layers + s,), frees=(s,), gradients=((layers + s, s),), weights=inside,
             transient_nbytes=150, us=2 * call_us,
         )  # fmt: skip
-        gradients = {"gradients": ((layers + s, s),), "frees": (layers + s,)} if immediate else {}
+        applied, freed = (((layers + s, s),), (layers + s,)) if immediate else ((), ())
         moves = [
             Instruction(Op.FETCH, s if immediate else -1, chunks=(s,), us=copy_us),
-            Instruction(Op.UPDATE, s if immediate else -1, chunks=(s,), transient_nbytes=5, us=1, **gradients),
+            Instruction(Op.UPDATE, s if immediate else -1, chunks=(s,), transient_nbytes=5, us=1, gradients=applied, frees=freed),
             Instruction(Op.EVICT, s if immediate else -1, chunks=(s,), us=copy_us),
             Instruction(Op.FREE, s if immediate else -1, chunks=(s,)),
         ]

@@ -15,7 +15,7 @@ from chunkft_compile.runtime.applied import AppliedGradient, TrainingError
 from chunkft_compile.runtime.chunks import split_parameters
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import Stores
+from chunkft_compile.runtime.stores import Stores
 from chunkft_compile.runtime.updates import Updater
 from tests.runtime.test_updates import OPTIMIZERS, Make
 

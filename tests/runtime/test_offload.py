@@ -7,19 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkft_compile.planner.problem import Placement
 from chunkft_compile.runtime.offload import Offloader, _rounded
-from chunkft_compile.runtime.store import Stores
+from chunkft_compile.runtime.stores import Stores
 from tests.support.allocator import Allocator
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["file", "host"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
-    stores = Stores(CPU, tmp_path)
-    stores.fastest = Placement.DISK if request.param == "file" else Placement.HOST
-    return stores
+@pytest.fixture
+def store(tmp_path: Path) -> Stores:
+    return Stores(CPU, tmp_path)
 
 
 def _send(offloader: Offloader, values: dict[int, torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from chunkft_compile.planner.problem import Placement
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.chunks import Chunk, split_parameters
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.store import Stores
+from chunkft_compile.runtime.stores import Stores
 from chunkft_compile.runtime.updates import Updater
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -45,8 +45,8 @@ class Training:
         self.chunks: tuple[Chunk, ...] = split_parameters(model, 10_000)
         self.plain = [nn.Parameter(chunk.leaf.detach().clone()) for chunk in self.chunks]
         self.done: list[frozenset[int]] = []
-        self.stores, place = Stores(CPU, directory), Placement.DISK if directory else Placement.HOST
-        mover = StateMover(self.stores, CPU, lambda chunk: place)
+        self.stores = Stores(CPU, directory)
+        mover = StateMover(self.stores, CPU, lambda chunk: Placement.DISK)
         self.updater = Updater(
             self.chunks, mover, program=lambda o: self._program(resident), resident=lambda: resident, done=self.done.append
         )

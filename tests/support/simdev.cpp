@@ -1,6 +1,6 @@
 // A simulated accelerator on torch's PrivateUse1 key: memory of its own with a capacity, streams that are threads, events, pinned memory.
 //
-// Operators run on the host at once, after the current stream has come to rest. Copies to and from pinned memory are jobs of a
+// Operators run on the host at once, after the current stream has come to rest (views do not wait). Copies to and from pinned memory are jobs of a
 // stream and take as long as the bandwidth says.
 
 #include "simdev.h"
@@ -12,6 +12,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 
 namespace {
@@ -164,8 +165,10 @@ class HostCall {
   HostCall(const c10::OperatorHandle& op, torch::jit::Stack& stack) : op_(op), stack_(stack) {}
 
   void run() {
-    queue(current_stream).drain();
     const auto& schema = op_.schema();
+    if (!is_view(schema)) {  // a view touches no bytes; if it waited, it would hide that something else does not
+      queue(current_stream).drain();
+    }
     for (auto& value : torch::jit::last(stack_, schema.arguments().size()).vec()) {
       arguments_.push_back(to_host(value));
     }
@@ -182,6 +185,12 @@ class HostCall {
   }
 
  private:
+  static bool is_view(const c10::FunctionSchema& schema) {
+    const auto& returns = schema.returns();
+    return !returns.empty() && std::all_of(returns.begin(), returns.end(), [](const c10::Argument& value) {
+      return value.alias_info() != nullptr && !value.alias_info()->isWrite();
+    });
+  }
   at::Tensor view(const at::Tensor& tensor) {
     if (on_device(tensor)) {
       views_.emplace_back(tensor, host_view(tensor));

@@ -129,6 +129,9 @@ class Memory final : public c10::DeviceAllocator {
     }
     if (data == nullptr) {
       TORCH_CHECK(posix_memalign(&data, 64, std::max<size_t>(nbytes, 1)) == 0);
+      // Nothing queued knows a new block, and the job below comes late where the stream's thread does not run yet: who reads too early
+      // would see what the host has left there.
+      std::memset(data, 0xFF, nbytes);
     }
     queue(current_stream).push([data, nbytes] { std::memset(data, 0xFF, nbytes); });
     return {data, new Block{data, nbytes, current_stream, {}}, &release, kDevice};

@@ -7,14 +7,17 @@ accelerator of the process for good, so tests that use it run in a process of th
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils import backend_registration
 
@@ -52,6 +55,29 @@ def register() -> SimDevice:
     torch._register_device_module("sim", _device_module())  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(unsupported_dtype=None)
     return SimDevice(library)
+
+
+def run_beside(module: str) -> dict[str, Any]:
+    """Run `python -m module`, which registers the device in a process of its own; gives the JSON of its last line.
+
+    Skips the running test if the device cannot be built here.
+    """
+    try:
+        build()
+    except CompilerMissingError as error:
+        pytest.skip(str(error))
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", module],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _device_module() -> types.ModuleType:
