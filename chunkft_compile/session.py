@@ -67,9 +67,10 @@ class Session:
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
+        self._mover = StateMover(self.store)
         self._updater = Updater(
             self.chunks,
-            StateMover(self.store),
+            self._mover,
             program=_weakly(self, "_update_program"),
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
@@ -105,6 +106,7 @@ class Session:
         """Make sure that every step of the schedule holds the budget on this signature."""
         if self.sweep is None or not all(self._fits(compiled, step) for step in self.sweep.schedule.steps):
             self._solve(compiled)
+        self._updater.settle()
 
     def begin(self, compiled: Compiled) -> Step:
         """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
@@ -129,6 +131,7 @@ class Session:
             else:
                 logger.info("the current step does not fit this batch: planning again")
                 self._solve(compiled)
+        self._updater.settle()
         self.latest = compiled
         return self.planned.current
 
@@ -163,6 +166,7 @@ class Session:
         if self._setting is None:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
+            self._mover.keep(cost.tables)
             link = measure_link(self.device, self.options.directory)
             self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates, self.device.type)
             self._known = frozenset(type(optimizer) for optimizer in found)
@@ -264,6 +268,7 @@ class Session:
     def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
         """An optimizer built after the plan: hold its step to what was planned, before anything is changed."""
         cost = measure_optimizer(optimizer, layouts_of(self.chunks), self.device)
+        self._mover.keep(cost.tables)
         more = max(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout)
         if more > 0 or cost.overlap > assumed.overlap:
             raise TrainingError(

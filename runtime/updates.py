@@ -103,6 +103,17 @@ class Updater:
         self._applier = Applier(self._chunks, holders, self._mover)
         return self._applier
 
+    def settle(self) -> None:
+        """Once there is a plan, and before a backward: all state goes where it belongs.
+
+        A constructor (Adagrad) and `load_state_dict` put all of it on the device, and a new plan may have other resident chunks.
+        """
+        known = [optimizer for reference in self._found if (optimizer := reference()) is not None]
+        holders = {number: optimizer for optimizer in known for number in self.chunks_of(optimizer)}
+        self._evict(holders)
+        for number in self._resident() & holders.keys():
+            self._mover.fetch(holders[number], self._chunks[number].leaf)
+
     def refuse_unfinished(self) -> None:
         """Raise `TrainingError` if a step was updated inside backward, and its `optimizer.step()` did not come."""
         waiting = sorted(self._applier.applied) if self._applier is not None else []
