@@ -5,7 +5,7 @@ import gc
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -71,17 +71,11 @@ class OptimizerCost:
         return self.of_layout[layout].state_nbytes + self.of_layout[layout].transient_nbytes
 
     def at_least(self, other: "OptimizerCost") -> "OptimizerCost":
-        """The larger of both, layout by layout: for chunks that are split between two optimizers."""
-        pairs = {layout: (cost, other.of_layout[layout]) for layout, cost in self.of_layout.items()}
-        larger = {
-            layout: StepCost(
-                max(a.state_nbytes, b.state_nbytes),
-                max(a.counter_nbytes, b.counter_nbytes),
-                max(a.transient_nbytes, b.transient_nbytes),
-                max(a.us, b.us),
-            )
-            for layout, (a, b) in pairs.items()
-        }
+        """The larger of both, layout by layout: for chunks of a layout that are split between two optimizers."""
+        larger = {**self.of_layout, **other.of_layout}
+        for layout in self.of_layout.keys() & other.of_layout.keys():
+            a, b = self.of_layout[layout], other.of_layout[layout]
+            larger[layout] = StepCost(*map(max, astuple(a), astuple(b)))
         name = self.name if self.name == other.name else f"{self.name} + {other.name}"
         return OptimizerCost(name, larger, max(self.overlap, other.overlap), {**self.tables, **other.tables})
 
@@ -154,7 +148,7 @@ def _measure(optimizer: Optimizer | None, distinct: Sequence[Layout], device: to
     """What `measure_optimizer` says of an optimizer with one group."""
     state = {layout: _state(prepare(optimizer, [layout], device)) for layout in distinct}
     tables = _tables(optimizer, state, device)
-    class_of = {layout: _class(optimizer, layout, state[layout]) for layout in distinct}
+    class_of = _classes(optimizer, state)
     largest = {class_of[layout]: layout for layout in sorted(distinct, key=_numel)}
     calls = _calls(optimizer, [*([layout] for layout in largest.values()), *_trials(distinct[0][1])], device)
     one, two, one_matrix, two_matrices = (call.peak_nbytes for call in calls[-4:])
@@ -202,11 +196,16 @@ class _Held:
 _State = dict[Path, _Held]
 
 
-def _class(optimizer: Optimizer | None, layout: Layout, state: _State) -> object:
-    """Layouts whose transients grow alike. Factored optimizers treat matrices and vectors differently, 8-bit ones small tensors."""
-    if isinstance(optimizer, torch.optim.Muon):
-        return layout  # it multiplies matrices: what that takes depends on both sides
-    return len(layout[0]) > 1, layout[1], tuple((path, held.dtype) for path, held in state.items())
+def _classes(optimizer: Optimizer | None, state: Mapping[Layout, _State]) -> dict[Layout, object]:
+    """Layouts whose transients grow alike. Factored optimizers treat matrices and vectors differently, 8-bit ones small tensors.
+
+    Every layout is a class of its own where an optimizer multiplies matrices, or has a kernel made for each shape, as torchao does
+    for its tensor subclasses: some of those need temporaries, others none.
+    """
+    nested = any(len(path) > 1 for held in state.values() for path in held)
+    if nested or isinstance(optimizer, torch.optim.Muon):
+        return {layout: layout for layout in state}
+    return {layout: (len(layout[0]) > 1, layout[1], tuple((path, t.dtype) for path, t in held.items())) for layout, held in state.items()}
 
 
 def _numel(layout: Layout) -> int:
@@ -218,7 +217,7 @@ def prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torc
     leaves = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in layouts]
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf)
-    probe = _like(optimizer, leaves)
+    probe = probe_of(optimizer, leaves)
     before = _numbers(probe)
     try:
         step_only(probe)
@@ -261,7 +260,7 @@ def _tensors_of(probe: Optimizer, leaf: nn.Parameter) -> list[tuple[Path, torch.
 
 def _tables(optimizer: Optimizer | None, state: Mapping[Layout, _State], device: torch.device) -> dict[Path, torch.Tensor]:
     """State tensors that two parameters share, found on the smallest layout with each kind of state."""
-    smallest = {_class(None, layout, found): layout for layout, found in sorted(state.items(), key=lambda item: -_numel(item[0]))}
+    smallest = {tuple(state[layout]): layout for layout in sorted(state, key=_numel, reverse=True)}
     tables: dict[Path, torch.Tensor] = {}
     for layout in smallest.values():
         probe = prepare(optimizer, [layout, layout], device)
@@ -279,11 +278,11 @@ def _variants(optimizer: Optimizer | None) -> list[Optimizer | None]:
         settings = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
         kind = repr([(key, bool(value) if isinstance(value, numbers.Number) else value) for key, value in settings.items()])
         if kind not in kinds:
-            kinds[kind] = _like(optimizer, [], group)
+            kinds[kind] = probe_of(optimizer, [], group)
     return list(kinds.values())
 
 
-def _like(optimizer: Optimizer | None, leaves: list[nn.Parameter], group: Mapping[str, Any] | None = None) -> Optimizer:
+def probe_of(optimizer: Optimizer | None, leaves: list[nn.Parameter], group: Mapping[str, Any] | None = None) -> Optimizer:
     """An optimizer with the settings of a group (the first one) over other parameters, with no state."""
     if optimizer is None:
         return torch.optim.AdamW(leaves)

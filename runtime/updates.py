@@ -24,6 +24,7 @@ from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
+from chunkft_compile.runtime.supported import refuse_unsupported
 
 
 class Updater:
@@ -60,7 +61,7 @@ class Updater:
         return [self._number[i] for i in ids if i in self._number]
 
     def check_coverage(self) -> list[Optimizer]:
-        """All optimizers over the chunks. Raises `ValueError` if a chunk is in none or in two of them."""
+        """All optimizers over the chunks. Raises `ValueError` if a chunk is in none or in two, `TypeError` for one that is unsupported."""
         found = optimizers_of(chunk.leaf for chunk in self._chunks)
         if len(found) > 1:
             gc.collect()  # an optimizer that was replaced may still wait for the collector
@@ -88,6 +89,8 @@ class Updater:
                 f"{type(found[0]).__name__} misses {shown}: they would never be trained. Build it from model.parameters() of the compiled "
                 f"model, or freeze those parameters before compile() with requires_grad_(False)"
             )
+        for optimizer in found:
+            refuse_unsupported(optimizer, [self._chunks[number] for number in self.chunks_of(optimizer)])
         self._found = [weakref.ref(optimizer) for optimizer in found]
         return found
 
