@@ -27,7 +27,7 @@ class StateMover:
 
         def get(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             if tensor is not self._out.get((id(leaf), path)):
-                return tensor
+                return self._tied(path, tensor)
             del self._out[id(leaf), path]
             return self._store.get(tensor, leaf.device)
 
@@ -39,23 +39,22 @@ class StateMover:
         def put(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             if tensor.numel() <= 1 or tensor is self._out.get((id(leaf), path)):
                 return tensor
-            table = self._tables.get(path)
-            if table is not None:
-                return table if _equal(table, tensor) else tensor  # `load_state_dict` may have brought a copy
+            if path in self._tables:
+                return self._tied(path, tensor)
             self._out[id(leaf), path] = stand_in = self._store.put((id(leaf), path), tensor)
             return stand_in
 
         _replace(optimizer, leaf, put)
+
+    def _tied(self, path: Path, tensor: torch.Tensor) -> torch.Tensor:
+        """The shared table in place of a copy that `load_state_dict` brought; contents are compared for such a copy only."""
+        table = self._tables.get(path)
+        if table is None or table is tensor or (table.shape, table.dtype, table.device) != (tensor.shape, tensor.dtype, tensor.device):
+            return tensor
+        return table if torch.equal(table, tensor) else tensor
 
 
 def _replace(optimizer: Optimizer, leaf: nn.Parameter, place: Callable[[Path, torch.Tensor], torch.Tensor]) -> None:
     if leaf in optimizer.state:
         state = optimizer.state[leaf]
         state.update(map_tensors(place, dict(state)))
-
-
-def _equal(table: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether one can stand for the other; contents are compared only where they are not the same tensor anyway."""
-    if table is tensor:
-        return True
-    return (table.shape, table.dtype, table.device) == (tensor.shape, tensor.dtype, tensor.device) and torch.equal(table, tensor)

@@ -49,7 +49,7 @@ class OptimizerCost:
     name: str
     of_layout: dict[Layout, StepCost]
     overlap: float
-    tables: Mapping[Path, torch.Tensor] = field(default_factory=dict)
+    tables: Mapping[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def table_nbytes(self) -> int:
@@ -150,10 +150,12 @@ def _measure(optimizer: Optimizer | None, distinct: Sequence[Layout], device: to
     tables = _tables(optimizer, state, device)
     class_of = _classes(optimizer, state)
     largest = {class_of[layout]: layout for layout in sorted(distinct, key=_numel)}
-    calls = _calls(optimizer, [*([layout] for layout in largest.values()), *_trials(distinct[0][1])], device)
-    one, two, one_matrix, two_matrices = (call.peak_nbytes for call in calls[-4:])
-    least_us = min(calls[-4].seconds, calls[-2].seconds) * 1e6
-    of_class = dict(zip(largest, calls[:-4], strict=True))
+    small = _trials(distinct)
+    calls = _calls(optimizer, [*([layout] for layout in largest.values()), *small], device)
+    ones, twos = calls[-len(small) :: 2], calls[1 - len(small) :: 2]
+    overlap = max(two.peak_nbytes / one.peak_nbytes if one.peak_nbytes else 1.0 for one, two in zip(ones, twos, strict=True))
+    least_us = min(one.seconds for one in ones) * 1e6
+    of_class = dict(zip(largest, calls, strict=False))
     costs = {}
     for layout, kind in class_of.items():
         call, share = of_class[kind], _numel(layout) / _numel(largest[kind])
@@ -163,13 +165,15 @@ def _measure(optimizer: Optimizer | None, distinct: Sequence[Layout], device: to
         us = math.ceil(max(least_us, call.seconds * 1e6 * share))
         costs[layout] = StepCost(moving, counters, transient + (spare_nbytes(layout, moving, device) if transient else 0), us)
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
-    return OptimizerCost(name, costs, max(two / one if one else 1.0, two_matrices / one_matrix if one_matrix else 1.0), tables)
+    return OptimizerCost(name, costs, max(1.0, overlap), tables)
 
 
-def _trials(dtype: torch.dtype) -> list[list[Layout]]:
-    """One and two small vectors, one and two small matrices."""
-    vector, matrix = ((1024,), dtype), ((32, 32), dtype)
-    return [[vector], [vector, vector], [matrix], [matrix, matrix]]
+def _trials(layouts: Sequence[Layout]) -> list[list[Layout]]:
+    """One and two small vectors, one and two small matrices: those of which there are any."""
+    dtype = layouts[0][1]
+    shapes: dict[bool, tuple[int, ...]] = {False: (1024,), True: (32, 32)}
+    kinds = dict.fromkeys(len(shape) > 1 for shape, _ in layouts)
+    return [[(shapes[kind], dtype)] * count for kind in kinds for count in (1, 2)]
 
 
 def _calls(optimizer: Optimizer | None, trials: Sequence[Sequence[Layout]], device: torch.device) -> list[CallCost]:

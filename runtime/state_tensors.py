@@ -28,7 +28,11 @@ def tensors_in(state: Any) -> Iterator[tuple[Path, torch.Tensor]]:
 
 def map_tensors(place: Callable[[Path, torch.Tensor], torch.Tensor], state: Any) -> Any:
     """`state` with `place(path, tensor)` for every plain tensor in it; what holds no tensor stays the same object."""
-    return pytree.tree_map_with_path(lambda keys, leaf: _map_leaf(place, tuple(map(str, keys)), leaf), state)
+    return pytree.tree_map_with_path(lambda keys, leaf: _map_leaf(place, tuple(map(_name, keys)), leaf), state)
+
+
+def _name(key: Any) -> object:
+    return key.key if isinstance(key, pytree.MappingKey) else str(key)
 
 
 def _map_leaf(place: Callable[[Path, torch.Tensor], torch.Tensor], path: Path, leaf: Any) -> Any:
