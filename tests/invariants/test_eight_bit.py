@@ -102,6 +102,7 @@ def test_torchao_without_compiling_trains_as_the_reference_in_the_predicted_byte
 
 
 @pytest.mark.slow  # a kernel is compiled for every shape of a chunk, 2 to 5 s each
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
 @pytest.mark.usefixtures("_by_hand")
 def test_torchao_trains_as_the_reference_in_the_predicted_bytes(allocator: Allocator, name: str) -> None:
