@@ -302,7 +302,8 @@ class _Writer:
         for number, instruction in enumerate(self.instructions):
             for value in (*instruction.writes, *instruction.reads):
                 last[value] = number
-        freed = {value for instruction in self.instructions if instruction.op is Op.FREE for value in instruction.frees}
+        evicted = {value for instruction in self.instructions if instruction.op is Op.EVICT for value in instruction.reads}
+        freed = {value for instruction in self.instructions if instruction.op is Op.FREE for value in instruction.frees} - evicted
         kept = self.kept | set(self.held()) | freed | set(self.bindings)
         alive: dict[int, set[int]] = defaultdict(set)
         for number, old in enumerate(self.instructions):

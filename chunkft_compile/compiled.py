@@ -48,8 +48,8 @@ class Setting:
 
     @property
     def counter_nbytes(self) -> int:
-        """Optimizer state that stays: step counters of all chunks."""
-        return sum(self.optimizer.of_layout[_layout(chunk)].counter_nbytes for chunk in self.chunks)
+        """Optimizer state that stays: step counters of all chunks, and tables that they share."""
+        return self.optimizer.table_nbytes + sum(self.optimizer.of_layout[_layout(chunk)].counter_nbytes for chunk in self.chunks)
 
 
 class Compiled:

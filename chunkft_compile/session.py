@@ -1,5 +1,6 @@
 """The state of one compiled model between calls: captured signatures, the schedule, the position in the sweep."""
 
+import functools
 import logging
 import weakref
 from collections import OrderedDict
@@ -72,9 +73,10 @@ class Session:
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
+        self._mover = StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper)
         self._updater = Updater(
             self.chunks,
-            StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper),
+            self._mover,
             program=_weakly(self, "_update_program"),
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
@@ -110,6 +112,7 @@ class Session:
         """Make sure that every step of the schedule holds the budget on this signature."""
         if self.sweep is None or not all(self._fits(compiled, step) for step in self.sweep.schedule.steps):
             self._solve(compiled)
+        self._updater.settle()
 
     def begin(self, compiled: Compiled) -> Step:
         """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
@@ -135,6 +138,7 @@ class Session:
             else:
                 logger.info("the current step does not fit this batch: planning again")
                 self._solve(compiled)
+        self._updater.settle()
         self.latest = compiled
         return self.planned.current
 
@@ -169,6 +173,7 @@ class Session:
         if self._setting is None:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
+            self._mover.keep(cost.tables)
             links = tuple(measure_link(self.device, self.options.directory, place) for place in self._places())
             self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, links, self.options.updates, self.device.type)
             self._known = frozenset(type(optimizer) for optimizer in found)
@@ -184,11 +189,12 @@ class Session:
 
     def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
         """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""
-        layouts = layouts_of(chunks)
-        worst = measure_optimizer(optimizers[0] if optimizers else None, layouts, self.device)
-        for optimizer in optimizers[1:]:
-            worst = worst.at_least(measure_optimizer(optimizer, layouts, self.device))
-        return worst
+        if not optimizers:
+            return measure_optimizer(None, layouts_of(chunks), self.device)
+        params = [{self.chunks[number].param for number in self._updater.chunks_of(optimizer)} for optimizer in optimizers]
+        mine = [layouts_of([chunk for chunk in chunks if chunk.param in names]) for names in params]
+        costs = [measure_optimizer(optimizer, layouts, self.device) for optimizer, layouts in zip(optimizers, mine, strict=True)]
+        return functools.reduce(OptimizerCost.at_least, costs)
 
     def _solve(self, compiled: Compiled) -> None:
         """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
@@ -279,8 +285,10 @@ class Session:
 
     def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
         """An optimizer built after the plan: hold its step to what was planned, before anything is changed."""
-        cost = measure_optimizer(optimizer, layouts_of(self.chunks), self.device)
+        cost = self._measure([optimizer], self.chunks)
+        self._mover.keep(cost.tables)
         more = max(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout)
+        more += cost.table_nbytes - assumed.table_nbytes
         if more > 0 or cost.overlap > assumed.overlap:
             raise TrainingError(
                 f"the plan assumed {assumed.name}, and {cost.name} needs up to {format_nbytes(max(more, 1))} more for a chunk; "

@@ -1,6 +1,6 @@
 """What belongs to chunks on its way between the device and the store: optimizer state, and rows of weights that live there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -8,11 +8,10 @@ from torch.optim import Optimizer
 
 from chunkft_compile.planner.problem import Placement
 from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.state_tensors import Path, map_tensors
 from chunkft_compile.runtime.store import Copy, Store
 from chunkft_compile.runtime.stores import Stores
 from chunkft_compile.runtime.weights import WeightKeeper
-
-_Key = tuple[int, str]  # of a leaf and a name in its state
 
 
 class StateMover:
@@ -28,64 +27,89 @@ class StateMover:
         self._device = device
         self._place = place
         self._weights = weights
-        self._stand_ins: dict[_Key, tuple[torch.Tensor, Store]] = {}
-        self._coming: dict[int, list[tuple[str, Copy]]] = {}  # fetched, and not used yet
-        self._leaving: dict[int, list[tuple[str, Copy, Store]]] = {}
+        self._stand_ins: dict[tuple[int, Path], tuple[torch.Tensor, Store]] = {}
+        self._coming: dict[int, dict[Path, Copy]] = {}  # fetched, and not used yet
+        self._leaving: dict[int, dict[Path, tuple[Copy, Store]]] = {}
+        self._tables: dict[Path, torch.Tensor] = {}
+        self._left: dict[int, list[object]] = {}  # what `free` left in the state of a leaf
+
+    def keep(self, tables: Mapping[Path, torch.Tensor]) -> None:
+        """Tensors that an optimizer shares between the state of all its parameters: they stay where they are."""
+        self._tables.update(tables)
 
     def fetch(self, optimizer: Optimizer, chunk: Chunk, *, rows: bool) -> None:
         """Begin to bring the state of `chunk` to the device, unless it is there or on its way; with `rows` those of its weight, too."""
         leaf = chunk.leaf
-        state = optimizer.state.get(leaf, {})
-        coming = self._coming.setdefault(id(leaf), [])
-        for key, value in state.items():
-            if self._is_away(leaf, key, value):
-                copy = self._stand_ins[id(leaf), key][1].get(value, self._device)
-                state[key] = copy.tensor
-                coming.append((key, copy))
+        coming = self._coming.setdefault(id(leaf), {})
+
+        def get(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            if not self._is_away(leaf, path, tensor):
+                return self._tied(path, tensor)
+            coming[path] = copy = self._stand_ins[id(leaf), path][1].get(tensor, self._device)
+            return copy.tensor
+
+        _replace(optimizer, leaf, get)
         if rows and self._weights is not None:
             self._weights.fetch_rows(chunk)
 
-    def is_coming(self, chunk: Chunk) -> bool:
-        """Whether it was fetched and not used yet."""
-        return id(chunk.leaf) in self._coming
-
     def wait(self, chunk: Chunk) -> None:
         """From here on what was fetched may be used and changed."""
-        for _, copy in self._coming.pop(id(chunk.leaf), ()):
+        for copy in self._coming.pop(id(chunk.leaf), {}).values():
             copy.wait()
         if self._weights is not None:
             self._weights.wait_rows(chunk)
 
     def evict(self, optimizer: Optimizer, chunk: Chunk) -> None:
-        """Begin to send the state of `chunk` to the store; tensors of one element (step counters) stay."""
+        """Begin to send the state of `chunk` to the store; tensors of one element (step counters) and shared tables stay."""
         self.wait(chunk)
         leaf = chunk.leaf
-        leaving = self._leaving.setdefault(id(leaf), [])
-        for key, value in optimizer.state.get(leaf, {}).items():
-            if isinstance(value, torch.Tensor) and value.numel() > 1 and not self._is_away(leaf, key, value):
-                store = self._stores[self._place(chunk)]
-                leaving.append((key, store.put((id(leaf), key), value), store))
+        leaving = self._leaving.setdefault(id(leaf), {})
+
+        def put(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.numel() <= 1 or self._is_away(leaf, path, tensor):
+                return tensor
+            if path in self._tables:
+                return self._tied(path, tensor)
+            store = self._stores[self._place(chunk)]
+            leaving[path] = store.put((id(leaf), path), tensor), store
+            return tensor
+
+        _replace(optimizer, leaf, put)
         if self._weights is not None:
             self._weights.evict_rows(chunk)
 
     def free(self, optimizer: Optimizer, chunk: Chunk) -> None:
         """The store has the state of `chunk`: its bytes on the device go. After an error the state is where it was."""
         leaf = chunk.leaf
-        state = optimizer.state.get(leaf, {})
-        for key, copy, store in self._leaving.pop(id(leaf), ()):
-            state[key] = copy.wait()
-            self._stand_ins[id(leaf), key] = state[key], store
+        leaving = self._leaving.pop(id(leaf), {})
+
+        def stand_in(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            if path not in leaving:
+                return tensor
+            copy, store = leaving.pop(path)
+            found = copy.wait()
+            self._stand_ins[id(leaf), path] = found, store
+            return found
+
+        _replace(optimizer, leaf, stand_in)
+        self._left[id(leaf)] = [*optimizer.state.get(leaf, {}).values()]
         if self._weights is not None:
             self._weights.free_rows(chunk)
 
     def send_away(self, optimizer: Optimizer, chunk: Chunk) -> None:
         """Have the state of `chunk` in the store, wherever it is; what came and was not used is dropped."""
         leaf = chunk.leaf
-        state = optimizer.state.get(leaf, {})
-        for key, copy in self._coming.pop(id(leaf), ()):
-            copy.wait()
-            if state.get(key) is copy.tensor:
-                state[key] = self._stand_ins[id(leaf), key][0]
+        if self._is_settled(optimizer, chunk):
+            return
+        coming = self._coming.pop(id(leaf), {})
+
+        def back(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            if path not in coming or coming[path].wait() is not tensor:
+                return tensor
+            return self._stand_ins[id(leaf), path][0]
+
+        if coming:
+            _replace(optimizer, leaf, back)
         self.evict(optimizer, chunk)
         self.free(optimizer, chunk)
 
@@ -93,6 +117,26 @@ class StateMover:
         """Wait until every copy is complete, also for readers on the host."""
         self._stores.synchronize()
 
-    def _is_away(self, leaf: nn.Parameter, key: str, value: object) -> bool:
-        stand_in, _ = self._stand_ins.get((id(leaf), key), (None, None))
-        return stand_in is not None and value is stand_in
+    def _is_settled(self, optimizer: Optimizer, chunk: Chunk) -> bool:
+        """Whether nothing has happened since `free`; asked of every chunk at every step."""
+        if id(chunk.leaf) in self._coming or (self._weights is not None and self._weights.has_rows(chunk)):
+            return False
+        now, left = optimizer.state.get(chunk.leaf, {}).values(), self._left.get(id(chunk.leaf), [])
+        return len(now) == len(left) and all(a is b for a, b in zip(now, left, strict=True))
+
+    def _is_away(self, leaf: nn.Parameter, path: Path, tensor: torch.Tensor) -> bool:
+        stand_in, _ = self._stand_ins.get((id(leaf), path), (None, None))
+        return tensor is stand_in
+
+    def _tied(self, path: Path, tensor: torch.Tensor) -> torch.Tensor:
+        """The shared table in place of a copy that `load_state_dict` brought; contents are compared for such a copy only."""
+        table = self._tables.get(path)
+        if table is None or table is tensor or (table.shape, table.dtype, table.device) != (tensor.shape, tensor.dtype, tensor.device):
+            return tensor
+        return table if torch.equal(table, tensor) else tensor
+
+
+def _replace(optimizer: Optimizer, leaf: nn.Parameter, place: Callable[[Path, torch.Tensor], torch.Tensor]) -> None:
+    if leaf in optimizer.state:
+        state = optimizer.state[leaf]
+        state.update(map_tensors(place, dict(state)))

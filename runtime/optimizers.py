@@ -1,10 +1,11 @@
 """What the runtime must know of the user's optimizer: where it is, what it trains, and what a step of it costs in bytes and time."""
 
+import functools
 import gc
 import math
 import numbers
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from chunkft_compile.runtime.chunks import BLOCK_NBYTES, storage_nbytes
-from chunkft_compile.runtime.meter import measure_calls
+from chunkft_compile.runtime.chunks import BLOCK_NBYTES, allocated_nbytes, storage_nbytes
+from chunkft_compile.runtime.meter import CallCost, measure_calls
+from chunkft_compile.runtime.state_tensors import Path, tensors_in
 
 _SCALARS_NBYTES = 64  # one-element temporaries (bias corrections) do not scale with the chunk
 
@@ -40,18 +42,25 @@ class OptimizerCost:
     """What stepping chunks costs, by layout, on the device they were measured on.
 
     `overlap` is the transient of two equal chunks stepped together over that of one: 1 where the optimizer goes chunk by
-    chunk, 2 where it takes all at once (foreach).
+    chunk, 2 where it takes all at once (foreach), between them where some temporaries are of all chunks and some of one.
+    `tables` are tensors that it shares between the state of all chunks, by their place in it: they never move.
     """
 
     name: str
     of_layout: dict[Layout, StepCost]
     overlap: float
+    tables: Mapping[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of state that is there once for all chunks."""
+        return storage_nbytes(self.tables.values())
 
     def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
         """Bytes while stepping chunks of these layouts together, at most."""
         transients = [self.of_layout[layout].transient_nbytes for layout in layouts]
-        together = sum(transients) if self.overlap > 1.75 else round(max(transients) * self.overlap)
-        return min(together, sum(transients)) if len(transients) > 1 else transients[0]
+        of_all = min(1.0, self.overlap - 1)
+        return math.ceil(of_all * sum(transients) + (1 - of_all) * max(transients))
 
     def us(self, layouts: Sequence[Layout]) -> int:
         """Microseconds of stepping chunks of these layouts: a chunk costs the same alone and among others."""
@@ -62,18 +71,13 @@ class OptimizerCost:
         return self.of_layout[layout].state_nbytes + self.of_layout[layout].transient_nbytes
 
     def at_least(self, other: "OptimizerCost") -> "OptimizerCost":
-        """The larger of both, layout by layout: for chunks that are split between two optimizers."""
-        pairs = {layout: (cost, other.of_layout[layout]) for layout, cost in self.of_layout.items()}
-        larger = {
-            layout: StepCost(
-                max(a.state_nbytes, b.state_nbytes),
-                max(a.counter_nbytes, b.counter_nbytes),
-                max(a.transient_nbytes, b.transient_nbytes),
-                max(a.us, b.us),
-            )
-            for layout, (a, b) in pairs.items()
-        }
-        return OptimizerCost(f"{self.name} + {other.name}", larger, max(self.overlap, other.overlap))
+        """The larger of both, layout by layout: for chunks of a layout that are split between two optimizers."""
+        larger = {**self.of_layout, **other.of_layout}
+        for layout in self.of_layout.keys() & other.of_layout.keys():
+            a, b = self.of_layout[layout], other.of_layout[layout]
+            larger[layout] = StepCost(*map(max, astuple(a), astuple(b)))
+        name = self.name if self.name == other.name else f"{self.name} + {other.name}"
+        return OptimizerCost(name, larger, max(self.overlap, other.overlap), {**self.tables, **other.tables})
 
 
 def optimizers_of(leaves: Iterable[nn.Parameter]) -> list[Optimizer]:
@@ -128,35 +132,53 @@ def step_alone(optimizer: Optimizer, leaves: Iterable[nn.Parameter]) -> None:
 
 
 def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], device: torch.device) -> OptimizerCost:
-    """Step copies of `optimizer` (AdamW with defaults if None) and see what they allocate.
+    """Step copies of `optimizer` (AdamW with defaults if None) and see what they allocate, with the dearest of its groups' settings.
 
-    State is read off a step of every layout. Transients and times are measured on the largest layout of each rank and dtype and
-    scaled by elements; no chunk takes less time than one of 1024 elements. Raises `TypeError` for an optimizer that counts steps
-    per parameter group or keeps state in other than plain tensors: chunks are stepped one group after the other, and such counters
-    would run ahead.
+    State is read off a step of every layout. Transients and times are measured on the largest layout of each class and scaled by
+    elements; no chunk takes less time than one of 1024 elements. Raises `TypeError` for an optimizer that cannot step such chunks,
+    counts steps per parameter group (chunks are stepped one group after the other, and such counters would run ahead) or keeps
+    state that cannot be moved.
     """
-    distinct = set(layouts)
-    largest: dict[tuple[bool, torch.dtype], Layout] = {}
-    for layout in sorted(distinct, key=_numel):
-        largest[_class(layout)] = layout
-    dtype = next(iter(distinct))[1]
-    vector, matrix = ((1024,), dtype), ((32, 32), dtype)
-    trials: list[list[Layout]] = [*([layout] for layout in largest.values()), [vector], [vector, vector], [matrix], [matrix, matrix]]
-    probes = [prepare(optimizer, trial, device) for trial in trials]
-    calls = measure_calls([partial(step_only, p) for p in probes], device)
-    del probes
-    one, two, one_matrix, two_matrices = (call.peak_nbytes for call in calls[-4:])
-    least_us = min(calls[-4].seconds, calls[-2].seconds) * 1e6
-    of_class = dict(zip(largest, calls[:-4], strict=True))
+    distinct = list(dict.fromkeys(layouts))
+    costs = [_measure(variant, distinct, device) for variant in _variants(optimizer)]
+    return functools.reduce(OptimizerCost.at_least, costs)
+
+
+def _measure(optimizer: Optimizer | None, distinct: Sequence[Layout], device: torch.device) -> OptimizerCost:
+    """What `measure_optimizer` says of an optimizer with one group."""
+    state = {layout: _state(prepare(optimizer, [layout], device)) for layout in distinct}
+    tables = _tables(optimizer, state, device)
+    class_of = _classes(optimizer, state)
+    largest = {class_of[layout]: layout for layout in sorted(distinct, key=_numel)}
+    small = _trials(distinct)
+    calls = _calls(optimizer, [*([layout] for layout in largest.values()), *small], device)
+    ones, twos = calls[-len(small) :: 2], calls[1 - len(small) :: 2]
+    overlap = max(two.peak_nbytes / one.peak_nbytes if one.peak_nbytes else 1.0 for one, two in zip(ones, twos, strict=True))
+    least_us = min(one.seconds for one in ones) * 1e6
+    of_class = dict(zip(largest, calls, strict=False))
     costs = {}
-    for layout in distinct:
-        state, counters = _state_nbytes(prepare(optimizer, [layout], device))
-        call, whole = of_class[_class(layout)], _numel(largest[_class(layout)])
-        scaled = -(-call.peak_nbytes * _numel(layout) // whole)
-        us = math.ceil(max(least_us, call.seconds * 1e6 * _numel(layout) / whole))
-        costs[layout] = StepCost(state, counters, scaled + (spare_nbytes(layout, state, device) if scaled else 0), us)
+    for layout, kind in class_of.items():
+        call, share = of_class[kind], _numel(layout) / _numel(largest[kind])
+        moving = sum(held.nbytes for path, held in state[layout].items() if held.numel > 1 and path not in tables)
+        counters = sum(held.nbytes for held in state[layout].values() if held.numel <= 1)
+        transient = math.ceil(call.peak_nbytes * share)
+        us = math.ceil(max(least_us, call.seconds * 1e6 * share))
+        costs[layout] = StepCost(moving, counters, transient + (spare_nbytes(layout, moving, device) if transient else 0), us)
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
-    return OptimizerCost(name, costs, max(two / one if one else 1.0, two_matrices / one_matrix if one_matrix else 1.0))
+    return OptimizerCost(name, costs, max(1.0, overlap), tables)
+
+
+def _trials(layouts: Sequence[Layout]) -> list[list[Layout]]:
+    """One and two small vectors, one and two small matrices: those of which there are any."""
+    dtype = layouts[0][1]
+    shapes: dict[bool, tuple[int, ...]] = {False: (1024,), True: (32, 32)}
+    kinds = dict.fromkeys(len(shape) > 1 for shape, _ in layouts)
+    return [[(shapes[kind], dtype)] * count for kind in kinds for count in (1, 2)]
+
+
+def _calls(optimizer: Optimizer | None, trials: Sequence[Sequence[Layout]], device: torch.device) -> list[CallCost]:
+    probes = [prepare(optimizer, trial, device) for trial in trials]
+    return measure_calls([partial(step_only, probe) for probe in probes], device)
 
 
 def spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
@@ -166,9 +188,28 @@ def spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int
     return scalars + (2 * layout[1].itemsize * sum(layout[0]) if factored else 0)
 
 
-def _class(layout: Layout) -> tuple[bool, torch.dtype]:
-    """Layouts whose transients grow alike: factored optimizers treat matrices and vectors differently."""
-    return len(layout[0]) > 1, layout[1]
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of a chunk's state; `nbytes` is 0 where its storage is that of another one."""
+
+    numel: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+_State = dict[Path, _Held]
+
+
+def _classes(optimizer: Optimizer | None, state: Mapping[Layout, _State]) -> dict[Layout, object]:
+    """Layouts whose transients grow alike. Factored optimizers treat matrices and vectors differently, 8-bit ones small tensors.
+
+    Every layout is a class of its own where an optimizer multiplies matrices, or has a kernel made for each shape, as torchao does
+    for its tensor subclasses: some of those need temporaries, others none.
+    """
+    nested = any(len(path) > 1 for held in state.values() for path in held)
+    if nested or isinstance(optimizer, torch.optim.Muon):
+        return {layout: layout for layout in state}
+    return {layout: (len(layout[0]) > 1, layout[1], tuple((path, t.dtype) for path, t in held.items())) for layout, held in state.items()}
 
 
 def _numel(layout: Layout) -> int:
@@ -176,13 +217,19 @@ def _numel(layout: Layout) -> int:
 
 
 def prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torch.device) -> Optimizer:
-    """A copy of the optimizer over zeros of these layouts, with its state made by one step."""
+    """A copy of the optimizer over zeros of these layouts, with its state made by one step. Raises `TypeError` if it cannot be made."""
     leaves = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in layouts]
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf)
-    probe = _like(optimizer, leaves)
+    probe = probe_of(optimizer, leaves)
     before = _numbers(probe)
-    step_only(probe)
+    try:
+        step_only(probe)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{type(probe).__name__} cannot step a chunk of shape {layouts[0][0]} and dtype {layouts[0][1]} on {device}: {error}. "
+            f"Way out: other settings, or an optimizer for dense gradients such as torch.optim.AdamW"
+        ) from error
     if _numbers(probe) != before:
         raise TypeError(
             f"{type(probe).__name__} counts its steps per parameter group; chunks of a group are stepped at different times, "
@@ -191,25 +238,62 @@ def prepare(optimizer: Optimizer | None, layouts: Sequence[Layout], device: torc
     return probe
 
 
-def _state_nbytes(probe: Optimizer) -> tuple[int, int]:
-    """Bytes of state that can move, and of step counters."""
-    tensors = [value for state in probe.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    odd = [type(tensor).__name__ for tensor in tensors if type(tensor) is not torch.Tensor]
-    if odd:
-        raise TypeError(f"{type(probe).__name__} keeps state in {odd[0]}; only plain tensors can be moved. Way out: torch.optim.AdamW")
-    state = storage_nbytes(tensor for tensor in tensors if tensor.numel() > 1)
-    return state, storage_nbytes(tensor for tensor in tensors if tensor.numel() <= 1)
+def _state(probe: Optimizer) -> _State:
+    """What the state of the first parameter is made of."""
+    found: _State = {}
+    seen: set[int] = set()
+    for path, tensor in _tensors_of(probe, probe.param_groups[0]["params"][0]):
+        storage = tensor.untyped_storage()._cdata
+        found[path] = _Held(tensor.numel(), 0 if storage in seen else allocated_nbytes(tensor), tensor.dtype)
+        seen.add(storage)
+    return found
 
 
-def _like(optimizer: Optimizer | None, leaves: list[nn.Parameter]) -> Optimizer:
-    """An optimizer with the same settings over other parameters, with no state."""
+def _tensors_of(probe: Optimizer, leaf: nn.Parameter) -> list[tuple[Path, torch.Tensor]]:
+    name = type(probe).__name__
+    try:
+        found = list(tensors_in(probe.state.get(leaf, {})))
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}. Way out: torch.optim.AdamW") from error
+    if any(getattr(tensor, "is_paged", False) for _, tensor in found):
+        raise TypeError(
+            f"{name} moves its state itself (paged memory). Way out: the same optimizer without paging; the plan moves its state"
+        )
+    return found
+
+
+def _tables(optimizer: Optimizer | None, state: Mapping[Layout, _State], device: torch.device) -> dict[Path, torch.Tensor]:
+    """State tensors that two parameters share, found on the smallest layout with each kind of state."""
+    smallest = {tuple(state[layout]): layout for layout in sorted(state, key=_numel, reverse=True)}
+    tables: dict[Path, torch.Tensor] = {}
+    for layout in smallest.values():
+        probe = prepare(optimizer, [layout, layout], device)
+        first, second = (dict(_tensors_of(probe, leaf)) for leaf in probe.param_groups[0]["params"])
+        tables |= {path: tensor for path, tensor in first.items() if second[path] is tensor}
+    return tables
+
+
+def _variants(optimizer: Optimizer | None) -> list[Optimizer | None]:
+    """Copies of the optimizer for its groups, one for each kind of settings: which are there and which are zero, not how large they are."""
+    if optimizer is None:
+        return [None]
+    kinds: dict[str, Optimizer | None] = {}
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+        kind = repr([(key, bool(value) if isinstance(value, numbers.Number) else value) for key, value in settings.items()])
+        if kind not in kinds:
+            kinds[kind] = probe_of(optimizer, [], group)
+    return list(kinds.values())
+
+
+def probe_of(optimizer: Optimizer | None, leaves: list[nn.Parameter], group: Mapping[str, Any] | None = None) -> Optimizer:
+    """An optimizer with the settings of a group (the first one) over other parameters, with no state."""
     if optimizer is None:
         return torch.optim.AdamW(leaves)
-    probe = object.__new__(type(optimizer))
+    probe: Optimizer = object.__new__(type(optimizer))
     probe.__dict__.update(optimizer.__dict__)
     probe.state = type(optimizer.state)(dict)
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    probe.param_groups = [{**settings, "params": leaves}]
+    probe.param_groups = [{**(group or optimizer.param_groups[0]), "params": leaves}]
     return probe
 
 

@@ -24,6 +24,7 @@ from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
+from chunkft_compile.runtime.supported import refuse_unsupported
 
 
 class Updater:
@@ -61,7 +62,7 @@ class Updater:
         return [self._number[i] for i in ids if i in self._number]
 
     def check_coverage(self) -> list[Optimizer]:
-        """All optimizers over the chunks. Raises `ValueError` if a chunk is in none or in two of them."""
+        """All optimizers over the chunks. Raises `ValueError` if a chunk is in none or in two, `TypeError` for one that is unsupported."""
         found = optimizers_of(chunk.leaf for chunk in self._chunks)
         if len(found) > 1:
             gc.collect()  # an optimizer that was replaced may still wait for the collector
@@ -89,6 +90,8 @@ class Updater:
                 f"{type(found[0]).__name__} misses {shown}: they would never be trained. Build it from model.parameters() of the compiled "
                 f"model, or freeze those parameters before compile() with requires_grad_(False)"
             )
+        for optimizer in found:
+            refuse_unsupported(optimizer, [self._chunks[number] for number in self.chunks_of(optimizer)])
         self._found = [weakref.ref(optimizer) for optimizer in found]
         return found
 
@@ -116,6 +119,18 @@ class Updater:
             if number in holders:
                 self._prefetched[number] = holders[number]
                 self._mover.fetch(holders[number], self._chunks[number], rows=True)
+
+    def settle(self) -> None:
+        """Once there is a plan, and before a backward: all state goes where it belongs.
+
+        A constructor (Adagrad) and `load_state_dict` put all of it on the device, and a new plan may have other resident chunks.
+        """
+        known = [optimizer for reference in self._found if (optimizer := reference()) is not None]
+        holders = {number: optimizer for optimizer in known for number in self.chunks_of(optimizer)}
+        self._evict(holders)
+        for number in self._resident() & holders.keys():
+            self._mover.fetch(holders[number], self._chunks[number], rows=False)
+            self._mover.wait(self._chunks[number])
 
     def refuse_unfinished(self) -> None:
         """Raise `TrainingError` if a step was updated inside backward, and its `optimizer.step()` did not come."""

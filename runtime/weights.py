@@ -101,6 +101,10 @@ class WeightKeeper:
             self._rows[id(chunk.leaf)] = copy = store.get(_rows(stand_in, chunk), self._device)
             chunk.leaf.data = copy.tensor
 
+    def has_rows(self, chunk: Chunk) -> bool:
+        """Whether the rows of a chunk were fetched alone and not freed yet."""
+        return id(chunk.leaf) in self._rows
+
     def wait_rows(self, chunk: Chunk) -> None:
         """From here on rows that were fetched alone may be used and changed."""
         if id(chunk.leaf) in self._rows:

@@ -50,12 +50,13 @@ def test_plain_training_runs_out_of_memory_at_the_budget(report: dict[str, Any])
     assert report["plain"] == "OutOfMemoryError"
 
 
-@pytest.mark.parametrize("link", ["fast", "slow"])
+@pytest.mark.parametrize("link", ["fast", "slow", "capturable"])
 def test_two_sweeps_equal_the_reference_inside_the_capacity(report: dict[str, Any], link: str) -> None:
     run = report[link]
     assert run["steps"] > 1
     assert run["losses"] == pytest.approx(run["reference losses"], rel=1e-4)
-    assert run["weights differ by"] < 1e-4  # NaN, where something was read too early, compares as False
+    rounding = 1e-3 if link == "capturable" else 1e-4  # its bias corrections are single precision; one update is 1e-2
+    assert run["weights differ by"] < rounding  # NaN, where something was read too early, compares as False
 
 
 def test_immediate_updates_are_plain_training_where_held_ones_do_not_fit(report: dict[str, Any]) -> None:
@@ -66,7 +67,7 @@ def test_immediate_updates_are_plain_training_where_held_ones_do_not_fit(report:
     assert run["budget"] == report["slow"]["budget"]
 
 
-@pytest.mark.parametrize("link", ["fast", "slow", "immediate"])
+@pytest.mark.parametrize("link", ["fast", "slow", "immediate", "capturable"])
 def test_every_step_stays_below_its_prediction(report: dict[str, Any], link: str) -> None:
     run = report[link]
     for measured, predicted in run["peaks"]:
@@ -100,6 +101,7 @@ def _main() -> None:
     with pytest.MonkeyPatch.context() as patch:
         plan_by_hand(patch, [Update.IMMEDIATE], option="offload")
         found["immediate"] = _run_chunked(device, link_bytes_per_s=_SLOW, update="immediate")
+    found["capturable"] = _run_chunked(device, capturable=True)
     print(json.dumps(found))
 
 
@@ -175,7 +177,7 @@ def _run_plain(device: SimDevice) -> str:
     return "trained"
 
 
-def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, **settings: Any) -> dict[str, Any]:
+def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, capturable: bool = False, **settings: Any) -> dict[str, Any]:
     """At least two sweeps on the device, and the same steps by the reference on the CPU."""
     gc.collect()
     before = torch.accelerator.memory_allocated()
@@ -183,7 +185,7 @@ def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, **settings
     plain = _model()
     budget = _budget(plain)
     model = chunkft_compile.compile(copy.deepcopy(plain).to("sim"), budget, solve_seconds=1.0, **settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=capturable)
     batches = [models.token_batch(seed) for seed in range(100)]
     schedule = model.plan(**_on_device(batches[0]))
     batches = batches[: max(4, 2 * len(schedule.steps))]

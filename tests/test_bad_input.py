@@ -46,11 +46,11 @@ def test_a_too_small_budget_names_the_smallest_that_works(case: Case, factor: fl
     plain = case.build()
     weights = sum(p.numel() * 4 for p in plain.parameters())
     with pytest.raises(BudgetError, match=r"no schedule fits the budget of .*\n *the smallest that does is") as caught:
-        compile_quickly(plain, int(weights * factor)).plan(*args, **kwargs)
+        compile_quickly(plain, int(weights * factor), weights=["device"]).plan(*args, **kwargs)
     smallest = caught.value.smallest_nbytes
     assert caught.value.binding
     assert caught.value.binding in str(caught.value)
-    model = compile_quickly(case.build(), smallest)
+    model = compile_quickly(case.build(), smallest, weights=["device"])
     optimizer = AdamW(model.parameters())
     torch.autograd.backward(compute_loss(model, batch))
     assert model.progress.predicted_nbytes <= smallest

@@ -82,7 +82,8 @@ def test_programs_move_after_forward_and_before_backward(name: str, accumulating
     lowering = lowered(name)
     made = assembled(lowering, halves(lowering), "offload", accumulating=accumulating)
     plain = assembled(lowering, halves(lowering), "inputs", accumulating=accumulating)
-    simulate(made.program)  # raises where bytes do not go with what is evicted
+    ends = [simulate(program.program).moments[-1].after_nbytes for program in (made, plain)]  # raises where bytes stay that should go
+    assert ends[0] == ends[1]
     evicted, fetched = _moves(made, Op.EVICT), _moves(made, Op.FETCH)
     assert evicted == sorted(evicted) == fetched[::-1]
     assert len(evicted) >= 2

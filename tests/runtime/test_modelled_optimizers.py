@@ -1,5 +1,7 @@
 """Optimizer costs from small tensors: state equals that of the real optimizer, transients bound it, and no large tensor is made."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,8 @@ LAYOUTS: list[Layout] = [
     ((3, 40, 50), torch.float32),
 ]
 HUGE: Layout = ((128_256, 4096), torch.bfloat16)
-many = pytest.mark.parametrize("name", OPTIMIZERS)
+needs_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install '.[8bit]'")
+many = pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_package] if "8bit" in name else []) for name in OPTIMIZERS])
 
 
 @many
@@ -80,5 +83,5 @@ def test_a_huge_chunk_takes_no_memory(name: str) -> None:
 
 
 def test_an_unknown_optimizer_is_refused_with_the_names() -> None:
-    with pytest.raises(ValueError, match="optimizer 'lion' is not known: adamw, adamw-fused, sgd"):
+    with pytest.raises(ValueError, match="optimizer 'lion' is not known: adamw, adamw-fused, adamw-8bit, sgd"):
         make_optimizer("lion", [nn.Parameter(torch.zeros(2))])
