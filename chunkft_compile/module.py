@@ -18,6 +18,7 @@ from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, 
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
+from chunkft_compile.runtime.store import Traffic
 from chunkft_compile.session import Options, Session
 from chunkft_compile.solving import Solving, kept, read_plan, write_plan
 
@@ -179,6 +180,11 @@ class ChunkedModule(nn.Module):
     def store_nbytes(self) -> int:
         """Bytes of optimizer state, weights and saved values in the stores."""
         return self._session.stores.nbytes
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone to the stores and come from them so far, and how long computing waited for it."""
+        return self._session.stores.traffic
 
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.

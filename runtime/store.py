@@ -36,6 +36,16 @@ class Traffic:
     writing_us: int = 0
     waiting_us: int = 0
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """What two stores have moved, as if one after the other."""
+        return Traffic(
+            self.read_nbytes + other.read_nbytes,
+            self.written_nbytes + other.written_nbytes,
+            self.reading_us + other.reading_us,
+            self.writing_us + other.writing_us,
+            self.waiting_us + other.waiting_us,
+        )
+
     def __sub__(self, earlier: "Traffic") -> "Traffic":
         """What was added since `earlier`."""
         return Traffic(

@@ -10,7 +10,7 @@ import torch
 from chunkft_compile.planner.problem import Link, Placement
 from chunkft_compile.runtime.file_store import FileStore
 from chunkft_compile.runtime.host_store import HostStore
-from chunkft_compile.runtime.store import Store
+from chunkft_compile.runtime.store import Store, Traffic
 
 _SAMPLE_NBYTES = 16 << 20  # eight pieces: both workers of a direction have several
 _TRIALS = 5
@@ -37,6 +37,11 @@ class Stores:
     def nbytes(self) -> int:
         """Bytes that the open ones occupy."""
         return sum(store.nbytes for store in self._open.values())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone over all links so far."""
+        return sum((store.traffic for store in self._open.values()), Traffic())
 
     def __getitem__(self, placement: Placement) -> Store:
         """Raises `ValueError` for a placement that the device does not have, and for a directory that does not exist."""
