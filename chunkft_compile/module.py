@@ -179,6 +179,12 @@ class ChunkedModule(nn.Module):
         """Bytes of optimizer state and saved values in the store."""
         return self._session.store.nbytes
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a training forward waits for its backward."""
+        run = self._pending() if self._pending else None
+        return run is not None and not run.finished
+
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
 
@@ -256,8 +262,7 @@ class ChunkedModule(nn.Module):
         return {**kwargs, "use_cache": False} if "use_cache" in inspect.signature(self.module.forward).parameters else kwargs
 
     def _refuse_overlap(self) -> None:
-        run = self._pending() if self._pending else None
-        if run is not None and not run.finished:
+        if self.in_forward:
             raise TrainingError(
                 "a second training forward before the backward of the first: both would keep their saved values. "
                 "Call loss.backward() first, drop the first loss (del loss), or run evaluation under torch.no_grad()"
