@@ -4,6 +4,7 @@ A checkpoint is a directory that appears complete, by one rename. It holds weigh
 between two backwards, the plan and the position in its sweep, random number generators, and what the loop hands over.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,12 @@ def load_checkpoint(
         if taker is not None:
             taker.load_state_dict(saved[1])
     set_rng_states(loop["rng"], session.device)
+    if placing.uneven:
+        warnings.warn(
+            f"{len(placing.uneven)} chunks join rows that were trained a different number of times, and go on with the larger number: "
+            f"{', '.join(placing.uneven[:3])}, ... A checkpoint between two sweeps has no such difference",
+            stacklevel=2,
+        )
     return loop["extra"]
 
 

@@ -322,7 +322,11 @@ class Session:
     def _update_program(self, optimizer: Optimizer) -> Sequence[Instruction]:
         """The current step's instructions, for an optimizer that the plan knows."""
         compiled = self.latest
-        assert compiled is not None, "gradients without a training call"
+        if compiled is None:
+            raise TrainingError(
+                "the gradients are those of a checkpoint made right before optimizer.step(), and there is no batch yet to know the plan "
+                "by; call model.plan(**batch) first"
+            )
         if type(optimizer) not in self._known:
             self._updater.check_coverage()
             self._adopt(optimizer, compiled.setting.optimizer)

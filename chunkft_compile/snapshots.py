@@ -99,10 +99,12 @@ class Placing:
         self._values = values
         self._found = {kind.mark: self._of_mark(kept, kind.mark, plain.get(kind.mark, {})) for kind in values}
         cuts = sources([_span(chunk) for chunk in chunks], map(Span.parse, kept))
+        self.uneven: list[str] = []
         self._recipes: list[list[dict[str, Recipe]]] = []
         for kind in values:
             reslicing = Reslicing(self._found[kind.mark], partial(self._scalar, kind.mark))
             self._recipes.append([reslicing.recipes(_span(chunk), cuts[_span(chunk)]) for chunk in chunks])
+            self.uneven += reslicing.uneven
 
     def _of_mark(self, kept: Sequence[str], mark: str, plain: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Entry | Any]]:
         found: dict[str, dict[str, Entry | Any]] = {name: dict(plain.get(name, {})) for name in kept}

@@ -34,4 +34,5 @@ def set_rng_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def _module(device: torch.device) -> Any:
-    return None if device.type == "cpu" else torch.get_device_module(device)
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None

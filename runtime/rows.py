@@ -3,7 +3,6 @@
 Everything is decided here, from names, shapes and one-element values, before a byte of a model is changed.
 """
 
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,10 +79,12 @@ def _check_sizes(wanted: Sequence[Span], kept: Mapping[str, Sequence[Span]]) -> 
 class Reslicing:
     """Recipes for the values (optimizer state, ...) of new chunks from those of kept ones.
 
-    `values[chunk][key]` is what the checkpoint has; `scalar(chunk, key)` reads a tensor of one element.
+    `values[chunk][key]` is what the checkpoint has; `scalar(chunk, key)` reads a tensor of one element. `uneven`
+    are the chunks so far whose rows were trained a different number of times; they go on with the larger one.
     """
 
     def __init__(self, values: Mapping[str, Mapping[str, Value]], scalar: Callable[[str, str], float]) -> None:
+        self.uneven: list[str] = []
         self._values = values
         self._scalar = scalar
         spans = {chunk: Span.parse(chunk) for chunk in values}
@@ -120,11 +121,7 @@ class Reslicing:
             return cuts[0].source
         if key == _COUNTER and max(numbers) - min(numbers) <= 1:
             # In the middle of a sweep a part of the rows has had one step more than the others.
-            warnings.warn(
-                f"{wanted} joins rows that were trained {min(numbers):g} and {max(numbers):g} times; it goes on with {max(numbers):g}. "
-                f"A checkpoint between two sweeps has no such difference",
-                stacklevel=2,
-            )
+            self.uneven.append(f"{wanted} ({min(numbers):g} and {max(numbers):g} times)")
             return cuts[numbers.index(max(numbers))].source
         raise CheckpointError(
             f"the optimizer state {key} of {wanted} would be joined of different values ({min(numbers)}, {max(numbers)}): "
