@@ -47,9 +47,9 @@ class OptimizerState:
         """See `ChunkValues.put`."""
         leaf, optimizer = self._chunks[number].leaf, self._holders[number]
         optimizer.state.pop(leaf, None)
-        if values:
-            optimizer.state[leaf] = {key: self._placed(leaf, key, value) for key, value in values.items()}
-            self._mover.evict(optimizer, leaf)
+        for key, value in values.items():
+            optimizer.state[leaf][key] = self._placed(leaf, key, value)
+            self._mover.evict(optimizer, leaf)  # at once: one tensor on the device at a time
 
     def _placed(self, leaf: nn.Parameter, key: str, value: Any) -> Any:
         """On the device of the leaf; a step counter stays on the host where the optimizer has it there, as in torch itself."""

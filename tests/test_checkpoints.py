@@ -237,6 +237,39 @@ def test_gradients_between_backwards_need_their_schedule(monkeypatch: pytest.Mon
         _train(same, again, [0])
 
 
+def test_several_backwards_per_step_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run that found out at its second backward goes on with the plan that it made then."""
+    plan_by_hand(monkeypatch, (HELD, HELD))
+    model = _model()
+    optimizer = _adamw(model)
+    for seed in range(2):
+        torch.autograd.backward(compute_loss(model, vector_batch(seed)))
+    optimizer.step()
+    optimizer.zero_grad()
+    save_checkpoint(tmp_path, model, optimizer)
+    monkeypatch.delattr("chunkft_compile.solving.plans")
+    other = _model()
+    again = _adamw(other)
+    load_checkpoint(tmp_path, other, again)
+    _train(other, again, [2])
+    assert other.problem is not None
+    assert other.problem.accumulating
+
+
+def test_a_load_drops_what_is_under_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan_by_hand(monkeypatch, (IMMEDIATE,))
+    model = _model(update="immediate")
+    optimizer = _adamw(model)
+    _train(model, optimizer, [0])
+    save_checkpoint(tmp_path, model, optimizer)
+    _train(model, optimizer, [1])
+    expected = [parameter.clone() for parameter in model.parameters()]
+    torch.autograd.backward(compute_loss(model, vector_batch(2)))  # applied, and its step never comes
+    load_checkpoint(tmp_path, model, optimizer)
+    _train(model, optimizer, [1])
+    assert all(torch.equal(*pair) for pair in zip(expected, model.parameters(), strict=True))
+
+
 def test_gradients_that_were_used_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan_by_hand(monkeypatch, (HELD,))
     model = _model()
