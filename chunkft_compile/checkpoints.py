@@ -69,7 +69,7 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep is at least 1, not {keep}: the checkpoint that is written stays")
-    session, optimizers, parent = _session(model), _listed(optimizer), Path(directory)
+    session, optimizers = _session(model), _listed(optimizer)
     holders = holders_of(session, optimizers)
     _refuse_middle(model, session)
     held = session.held
@@ -80,7 +80,7 @@ def save_checkpoint(
     standing = session.standing()
     loop = to_bytes(
         {
-            "optimizers": [(type(o).__name__, groups_of(o, session.chunks)) for o in optimizers],
+            "optimizers": [(type(one).__name__, groups_of(one, session.chunks)) for one in optimizers],
             "values": plain,
             "standing": standing_to_plain(standing),
             "rng": rng_states(session.device),
@@ -90,18 +90,29 @@ def save_checkpoint(
             "extra": extra,
         }
     )
-    about = _about(standing, named, tied)
-    nbytes = total_nbytes([*named.items(), *tensors]) + len(loop)
+    return _write(Path(directory), standing, (named, tied), tensors, loop, keep)
 
-    with new_directory(parent, standing.steps) as hidden, naming_the_need(free_name(parent, standing.steps), nbytes):
+
+def _write(
+    parent: Path,
+    standing: Standing,
+    model: tuple[dict[str, torch.Tensor], dict[str, str]],
+    tensors: list[tuple[str, torch.Tensor]],
+    loop: bytes,
+    keep: int,
+) -> Path:
+    """All files of a checkpoint, then its name, then older ones go."""
+    step, (named, tied) = standing.steps, model
+    nbytes = total_nbytes([*named.items(), *tensors]) + len(loop)
+    with new_directory(parent, step) as hidden, naming_the_need(free_name(parent, step), nbytes):
         entries = write(hidden, "weights", named.items()) | write(hidden, "chunks", tensors)
         (hidden / _LOOP).write_bytes(loop)
         if standing.plan is not None:
             (hidden / _PLAN).write_text(to_json(standing.plan), encoding="utf-8")
         complete = _complete(parent)
         serial = 1 + max((manifest.serial for manifest, _ in complete), default=0)
-        seal(hidden, Manifest(FORMAT, serial, standing.steps, about, entries, {}))
-        path = publish(hidden, standing.steps)
+        seal(hidden, Manifest(FORMAT, serial, step, _about(standing, named, tied), entries, {}))
+        path = publish(hidden, step)
     for _, old in complete[: max(0, len(complete) + 1 - keep)]:
         remove(old)
     return path
@@ -133,6 +144,8 @@ def load_checkpoint(
         standing = standing_from_plain(loop["standing"], _read_plan(archive))
         named, tied = weights(session.model)
         _check_weights(archive.manifest, named, tied)
+        if loop["extra_states"].keys() != extra_states(session.model).keys():
+            raise CheckpointError("the checkpoint is of another model: other modules keep a state of their own (get_extra_state)")
         _check_optimizers(loop["optimizers"], optimizers, session)
         _check_state("scheduler", loop["scheduler"], scheduler)
         _check_state("scaler", loop["scaler"], scaler)
@@ -145,20 +158,15 @@ def load_checkpoint(
             for name, tensor in named.items():
                 archive.copy(name, tensor)
             placing.put()
-        for saved, one in zip(loop["optimizers"], optimizers, strict=True):
-            restore_groups(saved[1], one)
     for name, state in loop["extra_states"].items():
         session.model.get_submodule(name).set_extra_state(state)
+    for (_, groups), one in zip(loop["optimizers"], optimizers, strict=True):
+        restore_groups(groups, one)
     for saved, taker in ((loop["scheduler"], scheduler), (loop["scaler"], scaler)):
         if taker is not None:
             taker.load_state_dict(saved[1])
     set_rng_states(loop["rng"], session.device)
-    if placing.uneven:
-        warnings.warn(
-            f"{len(placing.uneven)} chunks join rows that were trained a different number of times, and go on with the larger number: "
-            f"{', '.join(placing.uneven[:3])}, ... A checkpoint between two sweeps has no such difference",
-            stacklevel=2,
-        )
+    _warn_of_uneven(placing.uneven)
     return loop["extra"]
 
 
@@ -193,6 +201,15 @@ def _refuse_overflow(session: Session, held: frozenset[int], scaler: Any) -> Non
     if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
         raise TrainingError(
             "there are gradients that are not finite, as after a step that the scaler skipped; call optimizer.zero_grad() first"
+        )
+
+
+def _warn_of_uneven(chunks: Sequence[str]) -> None:
+    if chunks:
+        warnings.warn(
+            f"{len(chunks)} chunks join rows that were trained a different number of times, and go on with the larger number: "
+            f"{', '.join(chunks[:3])}, ... A checkpoint between two sweeps has no such difference",
+            stacklevel=3,
         )
 
 

@@ -123,8 +123,7 @@ class Placing:
     def _made(self, mark: str, key: str, recipe: Recipe) -> Any:
         if isinstance(recipe, str):
             value = self._found[mark][recipe][key]
-            # a copy: what was read may be a view of a mapped file, or be read again for another chunk
-            return self._archive.read(recipe + mark + key).clone() if isinstance(value, Entry) else value
+            return self._archive.read(recipe + mark + key) if isinstance(value, Entry) else value
         return torch.cat([self._archive.read(cut.source + mark + key, (cut.start, cut.stop)) for cut in recipe])
 
     def _scalar(self, mark: str, chunk: str, key: str) -> float:

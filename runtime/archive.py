@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 FORMAT = 1
 SHARD_NBYTES = 256 << 20
 _MANIFEST = "manifest.json"
+_BLOCK_NBYTES = 16 << 20  # what reading a large tensor holds beside it
 _SLACK_NBYTES = 1 << 20  # headers of shards, the manifest, blocks of the file system
 
 
@@ -154,22 +155,27 @@ class Archive:
         return self.manifest.tensors[name]
 
     def copy(self, name: str, target: torch.Tensor) -> None:
-        """Copy a tensor into another of its shape, piece by piece."""
-        for piece, part in self._parts(name):
-            (target if piece.start is None else target[piece.start : piece.stop]).copy_(part)
+        """Copy a tensor into another of its shape, some rows at a time."""
+        for piece in self.entry(name).pieces:
+            opened, part = self._open(piece.file), target if piece.start is None else target[piece.start : piece.stop]
+            if not part.dim():
+                part.copy_(opened.get_tensor(piece.key))
+                continue
+            rows, length = opened.get_slice(piece.key), max(1, _BLOCK_NBYTES * len(part) // max(1, _nbytes([part])))
+            for start in range(0, len(part), length):
+                part[start : start + length].copy_(rows[start : start + length])
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A tensor, or rows of it, in memory of the host."""
-        parts = [part for _, part in self._parts(name)]
+        """A tensor, or rows of it, in memory of the host that is the caller's."""
+        parts = [self._open(piece.file).get_tensor(piece.key) for piece in self.entry(name).pieces]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole if rows is None else whole[slice(*rows)]
+        return (whole if rows is None else whole[slice(*rows)]).clone()
 
-    def _parts(self, name: str) -> Iterator[tuple[Piece, torch.Tensor]]:
-        for piece in self.entry(name).pieces:
-            if piece.file not in self._files:
-                opened: Any = safe_open(self.directory / piece.file, framework="pt", device="cpu")
-                self._files[piece.file] = self._stack.enter_context(opened)
-            yield piece, self._files[piece.file].get_tensor(piece.key)
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            opened: Any = safe_open(self.directory / file, framework="pt", device="cpu")
+            self._files[file] = self._stack.enter_context(opened)
+        return self._files[file]
 
 
 @contextlib.contextmanager

@@ -81,6 +81,31 @@ def test_frozen_weights_and_buffers_are_in_it(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(expected, (*model.parameters(), *model.buffers()), strict=True))
 
 
+class _Counting(nn.Linear):
+    """Keeps something beside its tensors."""
+
+    seen = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_modules_get_their_own_state_back(tmp_path: Path) -> None:
+    counting = _Counting(6, 3)
+    counting.seen = 5
+    model = compile_quickly(nn.Sequential(counting), PLENTY)
+    save_checkpoint(tmp_path, model, _adamw(model))
+    counting.seen = 0
+    load_checkpoint(tmp_path, model, _adamw(model))
+    assert counting.seen == 5
+    plain = compile_quickly(nn.Sequential(nn.Linear(6, 3)), PLENTY)
+    with pytest.raises(CheckpointError, match="another model: other modules keep a state of their own"):
+        load_checkpoint(tmp_path, plain, _adamw(plain))
+
+
 def test_names_of_state_are_parameters_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan_by_hand(monkeypatch, (HELD,))
     model = _model(NARROW)

@@ -28,11 +28,14 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(tensors(), max_size=6), st.integers(1, 200))
-def test_round_trip_at_any_shard_size(tmp_path_factory: pytest.TempPathFactory, given_tensors: list[torch.Tensor], shard: int) -> None:
+@given(st.lists(tensors(), max_size=6), st.integers(1, 200), st.integers(1, 100))
+def test_round_trip_at_any_shard_size(
+    tmp_path_factory: pytest.TempPathFactory, given_tensors: list[torch.Tensor], shard: int, block: int
+) -> None:
     named = {f"t{number}": tensor for number, tensor in enumerate(given_tensors)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archive, "SHARD_NBYTES", shard)
+        patch.setattr(archive, "_BLOCK_NBYTES", block)
         directory = tmp_path_factory.mktemp("archives") / "one"
         with _store(directory, named) as found:
             for name, tensor in named.items():
