@@ -37,4 +37,5 @@ def test_kills_before_every_call_of_a_save(tmp_path: Path) -> None:
     assert found["all_calls"]
     assert found["kills"] >= 15
     assert 0 < found["kept"] < found["kills"]  # before and after the rename
+    assert found["left"] == 2  # as many as are kept, and nothing of the writers that were killed
     assert found["digests"] == [found["whole"]]

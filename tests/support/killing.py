@@ -175,7 +175,9 @@ def kill_in_writes(base: Path, root: Path, count: int, choose: random.Random) ->
         if not killed:
             break
         kills, kept = kills + 1, kept + after - before
-    return {"kills": kills, "kept": kept, "all_calls": not killed, "whole": whole, "digests": [_finish(directory)]}
+    digest = _finish(directory)
+    left = len(os.listdir(directory)) - 1  # without the digest
+    return {"kills": kills, "kept": kept, "all_calls": not killed, "left": left, "whole": whole, "digests": [digest]}
 
 
 def _die_in_save(directory: Path, call: int) -> None:
