@@ -1,9 +1,23 @@
 """Full-parameter fine-tuning inside a byte budget: a memory-planner compiler pass on torch.fx."""
 
-from chunkft_compile.errors import BudgetError, CaptureError, PlanMismatch, TrainingError
+from chunkft_compile.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from chunkft_compile.errors import BudgetError, CaptureError, CheckpointError, PlanMismatch, TrainingError
 from chunkft_compile.loading import load
 from chunkft_compile.module import ChunkedModule, Progress, compile
 
 __version__ = "0.1.0"
 
-__all__ = ["BudgetError", "CaptureError", "ChunkedModule", "PlanMismatch", "Progress", "TrainingError", "compile", "load"]
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "CheckpointError",
+    "ChunkedModule",
+    "PlanMismatch",
+    "Progress",
+    "TrainingError",
+    "compile",
+    "latest_checkpoint",
+    "load",
+    "load_checkpoint",
+    "save_checkpoint",
+]

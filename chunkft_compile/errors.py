@@ -3,8 +3,9 @@
 from chunkft_compile.planner.artefacts import PlanMismatch
 from chunkft_compile.planner.problem import BudgetError
 from chunkft_compile.runtime.applied import TrainingError
+from chunkft_compile.runtime.archive import CheckpointError
 
-__all__ = ["BudgetError", "CaptureError", "PlanMismatch", "TrainingError"]
+__all__ = ["BudgetError", "CaptureError", "CheckpointError", "PlanMismatch", "TrainingError"]
 
 
 class CaptureError(RuntimeError):

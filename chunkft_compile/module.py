@@ -186,6 +186,12 @@ class ChunkedModule(nn.Module):
         """What has gone to the stores and come from them so far, and how long computing waited for it."""
         return self._session.stores.traffic
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a training forward waits for its backward."""
+        run = self._pending() if self._pending else None
+        return run is not None and not run.finished
+
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
 
@@ -265,8 +271,7 @@ class ChunkedModule(nn.Module):
         return {**kwargs, "use_cache": False} if "use_cache" in inspect.signature(self.module.forward).parameters else kwargs
 
     def _refuse_overlap(self) -> None:
-        run = self._pending() if self._pending else None
-        if run is not None and not run.finished:
+        if self.in_forward:
             raise TrainingError(
                 "a second training forward before the backward of the first: both would keep their saved values. "
                 "Call loss.backward() first, drop the first loss (del loss), or run evaluation under torch.no_grad()"

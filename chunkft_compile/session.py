@@ -24,15 +24,16 @@ from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smal
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
+from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Stepper
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
 from chunkft_compile.runtime.stores import Stores, measure_link
-from chunkft_compile.runtime.sweep import Sweep
+from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
-from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, solve
+from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, kept, solve
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -68,15 +69,18 @@ class Session:
         self.keeper = WeightKeeper(model, self.chunks, self.stores, device)
         self._model_nbytes = model_nbytes(model)
         self._number = {id(chunk): number for number, chunk in enumerate(self.chunks)}
+        self.steps = 0
         self._anchor = anchor
         self._costs = OperatorCosts(device)
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
-        self._mover = StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper)
+        self.mover = StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper)
+        self._loaded: Standing | None = None  # of a checkpoint, until the first training call says for which signature
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # gradients that were stepped, with their versions
         self._updater = Updater(
             self.chunks,
-            self._mover,
+            self.mover,
             program=_weakly(self, "_update_program"),
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
@@ -110,15 +114,15 @@ class Session:
 
     def plan(self, compiled: Compiled) -> None:
         """Make sure that every step of the schedule holds the budget on this signature."""
+        self._take_up(compiled)
         if self.sweep is None or not all(self._fits(compiled, step) for step in self.sweep.schedule.steps):
             self._solve(compiled)
         self._updater.settle()
 
     def begin(self, compiled: Compiled) -> Step:
         """The step that a training call on this signature belongs to; plans, and plans again, as needed."""
-        self._updater.recover()
-        self.keeper.release()
-        self._updater.refuse_unfinished()
+        self.settle()
+        self._take_up(compiled)
         held = {number for number, chunk in enumerate(self.chunks) if chunk.leaf.grad is not None}
         if self.sweep is None:
             self._solve(compiled)
@@ -131,6 +135,8 @@ class Session:
             )
         if held:
             self.accumulating = True
+            if self.problem is not None:  # a schedule that still fits is kept, and is one for this question now
+                self.problem = replace(self.problem, accumulating=True, updates=(Update.HELD,))
         clashes = self.accumulating and any(step.update is Update.IMMEDIATE for step in self.planned.schedule.steps)
         if clashes or not self._fits(compiled, self.planned.current):
             if held:
@@ -141,6 +147,52 @@ class Session:
         self._updater.settle()
         self.latest = compiled
         return self.planned.current
+
+    def settle(self) -> None:
+        """Clear up after an error. Raises `TrainingError` between an IMMEDIATE backward and its `optimizer.step()`."""
+        self._updater.recover()
+        self.keeper.release()
+        self._updater.refuse_unfinished()
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Chunks with a gradient that no optimizer step has used: between the backwards of one step."""
+        found = set()
+        for number, chunk in enumerate(self.chunks):
+            reference, version = self._used.get(number, (None, 0))
+            gradient = chunk.leaf.grad
+            # `_version` (torch 2.13.0) counts changes in place: by a further backward, or by zeroing
+            if gradient is not None and not (reference is not None and reference() is gradient and version == gradient._version):
+                found.add(number)
+        return frozenset(found)
+
+    def standing(self) -> Standing:
+        """Where training stands, to go on from with `resume`."""
+        if self._loaded is not None:
+            return replace(self._loaded, accumulating=self.accumulating)
+        if self.sweep is None or self.latest is None:
+            return Standing(self.steps, self._names, choices(self.options), self.accumulating, SweepState(), None)
+        assert self.problem is not None, "a sweep has a plan"
+        plan = kept(self.latest, self.problem, self.sweep.schedule)
+        return Standing(self.steps, self._names, choices(self.options), self.accumulating, self.sweep.state, plan)
+
+    def check(self, standing: Standing, *, held: bool) -> None:
+        """Raise `CheckpointError` where `resume` could not go on from there; `held`: gradients of an unfinished step come with it."""
+        if held:
+            refuse_part(standing, self._names, choices(self.options))
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(chunk.name for chunk in self.chunks)
+
+    def resume(self, standing: Standing) -> None:
+        """Go on from there, under its own plan if it was made for the same choices and chunks. What is under way is dropped."""
+        self._updater.forget()
+        self.keeper.release()
+        self._used = {}
+        self._loaded = translated(standing, self._names, choices(self.options))
+        self.sweep, self.steps = None, standing.steps
+        self.accumulating = self.options.accumulation or standing.accumulating
 
     def stepper(self, compiled: Compiled, step: Step) -> Stepper:
         """What does the optimizer's part of a step inside its backward."""
@@ -173,7 +225,7 @@ class Session:
         if self._setting is None:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
-            self._mover.keep(cost.tables)
+            self.mover.keep(cost.tables)
             links = tuple(measure_link(self.device, self.options.directory, place) for place in self._places())
             self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, links, self.options.updates, self.device.type)
             self._known = frozenset(type(optimizer) for optimizer in found)
@@ -196,6 +248,24 @@ class Session:
         costs = [measure_optimizer(optimizer, layouts, self.device) for optimizer, layouts in zip(optimizers, mine, strict=True)]
         return functools.reduce(OptimizerCost.at_least, costs)
 
+    def _take_up(self, compiled: Compiled) -> None:
+        """Go on from a loaded checkpoint, now that there is a signature."""
+        loaded = self._loaded
+        if loaded is None:
+            return
+        if fitting(compiled, loaded, accumulating=self.accumulating):
+            assert loaded.plan is not None
+            self.sweep, self.latest, self.problem = Sweep.at(loaded.plan.schedule, loaded.state), compiled, loaded.plan.problem
+            self.keeper.place(compiled.weight_places(loaded.plan.schedule.places))
+        elif self.held:
+            raise TrainingError(
+                "the checkpoint holds gradients of an unfinished step, and its plan is not one for this model and batch; "
+                "call optimizer.zero_grad() to drop them and go on"
+            )
+        else:
+            self._solve(compiled)
+        self._loaded = None
+
     def _solve(self, compiled: Compiled) -> None:
         """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
         if self.options.plan is not None:
@@ -208,7 +278,8 @@ class Session:
                 if solving.forced or (solving.max_steps is not None and error.smallest_nbytes <= self.options.budget_nbytes):
                     raise  # there may be schedules, none with these ingredients or so few steps
                 raise self._budget_error(compiled) from None
-        self.sweep = self.sweep.continued(schedule) if self.sweep else Sweep(schedule)
+        state = self.sweep.state if self.sweep else self._loaded.state if self._loaded else SweepState()
+        self.sweep = Sweep.after(schedule, state)
         self.latest, self.problem = compiled, problem
         self.keeper.place(compiled.weight_places(schedule.places))
         if dense := self.dense_parameters():
@@ -277,7 +348,11 @@ class Session:
     def _update_program(self, optimizer: Optimizer) -> Sequence[Instruction]:
         """The current step's instructions, for an optimizer that the plan knows."""
         compiled = self.latest
-        assert compiled is not None, "gradients without a training call"
+        if compiled is None:
+            raise TrainingError(
+                "the gradients are those of a checkpoint made right before optimizer.step(), and there is no batch yet to know the plan "
+                "by; call model.plan(**batch) first"
+            )
         if type(optimizer) not in self._known:
             self._updater.check_coverage()
             self._adopt(optimizer, compiled.setting.optimizer)
@@ -286,7 +361,7 @@ class Session:
     def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
         """An optimizer built after the plan: hold its step to what was planned, before anything is changed."""
         cost = self._measure([optimizer], self.chunks)
-        self._mover.keep(cost.tables)
+        self.mover.keep(cost.tables)
         more = max(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout)
         more += cost.table_nbytes - assumed.table_nbytes
         if more > 0 or cost.overlap > assumed.overlap:
@@ -307,7 +382,10 @@ class Session:
     def _stepped(self, numbers: frozenset[int]) -> None:
         """Chunks were stepped; when all active ones were, the sweep moves on, and gradients of chunks that leave are freed."""
         before = set(self.planned.current.chunks)
+        gradients = {number: gradient for number in numbers if (gradient := self.chunks[number].leaf.grad) is not None}
+        self._used |= {number: (weakref.ref(gradient), gradient._version) for number, gradient in gradients.items()}
         if self.planned.stepped(numbers):
+            self.steps += 1
             for number in before - set(self.planned.current.chunks):
                 self.chunks[number].leaf.grad = None
 

@@ -142,6 +142,13 @@ class Updater:
                 f'of several backwards, hold them: compile(..., accumulation=True, update="held")'
             )
 
+    def forget(self) -> None:
+        """Nothing is under way any more: gradients, applied ones too, are dropped, and so is what a broken step left."""
+        self._pending = self._applier = None
+        self._stepped, self._acknowledged = set(), frozenset()
+        for chunk in self._chunks:
+            chunk.leaf.grad = None
+
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step all groups but the last, and leave the last one ready for the step that follows."""
         mine = self.chunks_of(optimizer)
@@ -261,7 +268,10 @@ class Updater:
                 self._applier.applied.pop(number, None)
 
     def _evict(self, holders: Mapping[int, Optimizer]) -> None:
-        """Send state away that should not be on the device: `load_state_dict` puts all of it there, and so does a broken step."""
+        """Send state away that should not be on the device: `load_state_dict` puts all of it there, and so does a broken step.
+
+        What is resident comes back: another schedule, or the load of a checkpoint, may have left it in the store.
+        """
         resident = self._resident()
         for number, optimizer in holders.items():
             if number not in resident:

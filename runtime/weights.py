@@ -1,7 +1,7 @@
 """Weights that live beside the device: they come for the calls that read them, and go back where they were changed."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class WeightKeeper:
                 self._away[name] = stand_in, store, place
                 self._show(name, stand_in)
         for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
-            if name not in self._away and (tensor.device != self._device or not tensor.untyped_storage().resizable()):
+            if name not in self._away and self._is_foreign(tensor):
                 self._show(name, tensor.detach().to(self._device, copy=True))
 
     def fetch(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -82,6 +82,18 @@ class WeightKeeper:
             self._here[name].wait()  # nobody may have read it: what is written to must not be freed
             del self._here[name]
             self._show_rows(name, None)
+
+    def fill(self, name: str, read: Callable[[torch.Tensor], object]) -> None:
+        """Give a weight new contents, which `read` copies into the tensor it is given. None comes to the device that is not there."""
+        tensor = self._tensor(name)
+        if name not in self._away and not self._is_foreign(tensor):
+            read(tensor)
+            return
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        read(whole)
+        _, store, place = self._away.get(name) or (None, self._stores[self._stores.placements[0]], self._stores.placements[0])
+        self._away[name] = store.put(("weight", name), whole).wait(), store, place
+        self._show(name, self._away[name][0])
 
     def release(self) -> None:
         """Free whatever is on the device for a while, after a step that did not come to its end; changes are written back."""
@@ -123,6 +135,10 @@ class WeightKeeper:
             copy.wait()
         if self._rows.pop(id(chunk.leaf), None) is not None:
             self._show_rows(chunk.param, None)
+
+    def _is_foreign(self, tensor: torch.Tensor) -> bool:
+        """Whether it is not in memory of the device's allocator: on another device, or mapped from a file."""
+        return tensor.device != self._device or not tensor.untyped_storage().resizable()
 
     def _bring_home(self, name: str) -> None:
         stand_in, store, _ = self._away.pop(name)

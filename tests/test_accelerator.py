@@ -6,6 +6,8 @@
 import copy
 import gc
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +89,15 @@ def test_inactive_state_is_in_pinned_host_memory(report: dict[str, Any]) -> None
     assert run["stand-ins"] == {"device": ["cpu"], "pinned": [True]}
 
 
+def test_resuming_changes_no_bit_and_puts_state_where_it_lives(report: dict[str, Any]) -> None:
+    run = report["resumed"]
+    assert run["same"]
+    assert run["store"] == "HostStore"
+    assert run["stand-ins"] == {"device": ["cpu"], "pinned": [True]}
+    assert run["resident on"] == ["sim"]
+    assert run["loading took"] <= run["largest chunk"] + 4 * _BLOCK  # one tensor of state at a time
+
+
 # ---- what runs in the other process
 
 
@@ -102,7 +113,47 @@ def _main() -> None:
         plan_by_hand(patch, [Update.IMMEDIATE], option="offload")
         found["immediate"] = _run_chunked(device, link_bytes_per_s=_SLOW, update="immediate")
     found["capturable"] = _run_chunked(device, capturable=True)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
+        plan_by_hand(patch, [Update.HELD] * 2, resident=(1, 2), scattered=True)
+        device.configure(link_bytes_per_s=_SLOW)
+        found["resumed"] = _resume(Path(directory))
     print(json.dumps(found))
+
+
+def _resume(directory: Path) -> dict[str, Any]:
+    """Train, keep, train on; and the same from what was kept."""
+
+    def build() -> tuple[Any, torch.optim.Optimizer]:
+        model = chunkft_compile.compile(_model().to("sim"), 10**8)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    model, optimizer = build()
+    for seed in range(3):
+        _train_one(model, optimizer, seed)
+    chunkft_compile.save_checkpoint(directory, model, optimizer)
+    again, other = build()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    chunkft_compile.load_checkpoint(directory, again, other)
+    took = torch.accelerator.max_memory_allocated() - before
+    for seed in range(3, 5):
+        _train_one(model, optimizer, seed)
+        _train_one(again, other, seed)
+    pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    resident = [other.state[again.chunks[number].leaf] for number in (1, 2)]
+    return {
+        "same": all(torch.equal(one.cpu(), two.cpu()) for one, two in pairs),
+        "loading took": took,
+        "largest chunk": max(chunk.nbytes for chunk in again.chunks),
+        "resident on": sorted({state["exp_avg"].device.type for state in resident}),
+        **_describe_store(again, other),
+    }
+
+
+def _train_one(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.autograd.backward(model(**_on_device(models.token_batch(seed))).loss)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _judge(tensor: torch.Tensor, wanted: torch.Tensor) -> str:

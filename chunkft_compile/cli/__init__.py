@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
     except KeyboardInterrupt:
-        print("\nchunkft: interrupted; nothing was saved", file=sys.stderr)
+        print("\nchunkft: interrupted; no model was saved", file=sys.stderr)
         return 130
     except (BudgetError, CaptureError, TrainingError, ValueError, ArithmeticError, OSError, torch.OutOfMemoryError) as error:
         if args.debug:

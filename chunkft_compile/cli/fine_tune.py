@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chunkft_compile.budget import format_nbytes, parse_budget
+from chunkft_compile.cli.keeping import Keeping
 from chunkft_compile.cli.loop import LoopConfig, perplexity, train
 from chunkft_compile.cli.memory import PeakWatch
 from chunkft_compile.cli.options import pick_device
@@ -57,11 +58,15 @@ class TrainConfig:
     update: str | None = None
     prefer: str | None = None
     max_steps: int | None = None
+    checkpoint_every: int = 0
+    resume: bool = False
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What came out. `plain_nbytes` is computed, `measured_nbytes` is None where nothing was measured."""
+    """What came out. `plain_nbytes` is computed, `measured_nbytes` is None where nothing was measured, `perplexity_before` is None
+    for a run that was resumed.
+    """
 
     perplexity_before: float | None
     perplexity_after: float | None
@@ -96,20 +101,20 @@ def fine_tune(config: TrainConfig) -> TrainReport:
     torch.manual_seed(config.seed)
     model, plain_nbytes = _compile(config, files, loop.steps)
 
-    before = _score(model, held_out, files.device, config.batch, "before")
+    before = None if config.resume else _score(model, held_out, files.device, config.batch, "before")
     ignore = [tensor for part in (data, held_out) if part is not None for tensor in (part.input_ids, part.labels)]
     measured_steps = min(loop.steps - 1, MEASURED_SWEEPS * len(model.schedule.steps)) if config.measure else 0
     watch = PeakWatch(
         files.device, measured_steps=measured_steps, weights=[*model.module.parameters(), *model.module.buffers()], ignore=ignore
     )
-    start = time.perf_counter()
-    losses = train(model, batches, files.device, loop, watch)
+    planned, start = model.schedule, time.perf_counter()
+    losses = train(model, batches, files.device, loop, watch, _keeping(config, loop, len(data)), resume=config.resume)
     seconds = time.perf_counter() - start
     after = _score(model, held_out, files.device, config.batch, "after")
 
     save_model(model, tokenizer, config.out)
     say(f"saved {config.out}")
-    schedule = model.schedule
+    schedule = model.schedule or planned  # a run that was complete when it was stopped has trained nothing here
     sizes = (files.budget_nbytes, schedule.peak_nbytes, watch.peak_nbytes, plain_nbytes)
     return TrainReport(before, after, tuple(losses), len(schedule.steps), *sizes, seconds, config.out)
 
@@ -198,6 +203,13 @@ def _loop_config(config: TrainConfig, budget_nbytes: int, sequences: int) -> Loo
     if warmup >= steps:
         raise ValueError(f"--warmup {warmup} leaves none of the {steps} steps at the full learning rate: lower it")
     return LoopConfig(steps, config.accumulate, config.lr, warmup, config.weight_decay, config.clip, budget_nbytes)
+
+
+def _keeping(config: TrainConfig, loop: LoopConfig, sequences: int) -> Keeping:
+    """Checkpoints beside `--out`, and what must be the same where a run goes on."""
+    choices = {"--steps": loop.steps, "--accumulate": loop.accumulate, "--lr": loop.lr, "--warmup": loop.warmup, "--clip": loop.clip}
+    choices |= {"--weight-decay": loop.weight_decay, "--batch": config.batch, "--seq": config.seq, "--seed": config.seed}
+    return Keeping(Keeping.beside(config.out), config.checkpoint_every, choices | {"sequences of data": sequences})
 
 
 def _compile(config: TrainConfig, files: _Files, steps: int) -> tuple[Any, int]:

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from chunkft_compile.budget import format_nbytes
+from chunkft_compile.cli.keeping import Keeping
 from chunkft_compile.cli.memory import PeakWatch, rss_nbytes
 from chunkft_compile.cli.options import bar_style
 from chunkft_compile.data import IGNORED, Sequences
@@ -43,14 +44,25 @@ def build_optimizer(model: Any, *, lr: float, weight_decay: float) -> torch.opti
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def train(model: Any, batches: Iterator[Batch], device: torch.device, config: LoopConfig, watch: PeakWatch) -> list[float]:
-    """Run all optimizer steps; the mean loss of each."""
+def train(
+    model: Any,
+    batches: Iterator[Batch],
+    device: torch.device,
+    config: LoopConfig,
+    watch: PeakWatch,
+    keeping: Keeping | None = None,
+    *,
+    resume: bool = False,
+) -> list[float]:
+    """Run all optimizer steps, or with `resume` those that are left; the mean loss of each, also of earlier ones."""
     optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup=config.warmup, steps=config.steps))
-    losses: list[float] = []
     model.train()
-    with watch, tqdm(total=config.steps, desc="train", unit="step", **bar_style()) as bar:
-        for number in range(1, config.steps + 1):
+    losses = keeping.go_on(model, optimizer, scheduler) if keeping is not None and resume else []
+    for _ in range(len(losses) * config.accumulate):
+        next(batches)
+    with watch, tqdm(total=config.steps, initial=len(losses), desc="train", unit="step", **bar_style()) as bar:
+        for number in range(len(losses) + 1, config.steps + 1):
             loss = sum(_backward(model, next(batches), device, config.accumulate) for _ in range(config.accumulate))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss of step {number} is {loss}: lower --lr or raise --warmup; nothing was saved")
@@ -62,6 +74,8 @@ def train(model: Any, batches: Iterator[Batch], device: torch.device, config: Lo
             scheduler.step()
             watch.count_step()
             losses.append(loss)
+            if keeping is not None:
+                keeping.after_step(losses, model, optimizer, scheduler)
             bar.set_postfix_str(live_line(loss, progress, config.budget_nbytes, watch.peak_nbytes), refresh=False)
             bar.update()
     return losses

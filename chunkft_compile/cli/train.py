@@ -21,10 +21,12 @@ examples:
   chunkft train model.gguf --data pairs.jsonl --budget 80% --out ./tuned --steps 200 --accumulate 8
   chunkft train ./SmolLM2-135M --data notes.txt --schedule plan.json --out ./tuned --seq 256
   chunkft train ./SmolLM2-135M --data notes.txt --budget 1GB --update auto --clip 0 --out ./tuned
+  chunkft train ./model --data notes.txt --budget 1GB --out ./tuned --checkpoint-every 100   (stopped? again with --resume)
   chunkft train ./model --data train.txt --eval-data heldout.txt --budget 13.5GiB --out ./tuned --epochs 2
 
 With --update immediate or auto, gradients are applied inside backward: there is no clipping (--clip 0) and no accumulation.
-The result loads with AutoModelForCausalLM.from_pretrained("./tuned"). Ctrl-C saves nothing."""
+The result loads with AutoModelForCausalLM.from_pretrained("./tuned"). Ctrl-C saves no model;
+checkpoints that were written before stay."""
 
 
 def add_parser(commands: Any) -> None:
@@ -59,6 +61,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the fine-tuned model")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=at_least(1),
+        default=TrainConfig.checkpoint_every,
+        metavar="N",
+        help="every N steps, write all that the run goes on from to the directory OUT.checkpoints; the last two stay",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the latest of them, with the same options")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
             update=args.update,
             prefer=args.prefer,
             max_steps=args.max_steps,
+            checkpoint_every=args.checkpoint_every,
+            resume=args.resume,
         )
     )
     return 0

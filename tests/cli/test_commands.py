@@ -175,7 +175,7 @@ def test_interrupted_while_training_or_saving_nothing_is_left(
         with monkeypatch.context() as patch:
             patch.setattr(engine.FakeModel, method, interrupt)
             assert main(training(model_dir, text_file, tmp_path / "out", "--steps", "1", "--eval-fraction", "0")) == 130
-        assert error_line(capsys) == "chunkft: interrupted; nothing was saved"
+        assert error_line(capsys) == "chunkft: interrupted; no model was saved"
         assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 

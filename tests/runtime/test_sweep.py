@@ -40,6 +40,8 @@ def _round(sweep: Sweep, data: st.DataObject, count: int) -> tuple[list[int], Sw
         half = len(current) // 2  # two optimizers may step their own chunks one after the other
         if half:
             assert not sweep.stepped(frozenset(current[:half]))
+        if data.draw(st.booleans()):  # kept and taken up again, here where a part of the step is done
+            sweep = Sweep.at(sweep.schedule, sweep.state)
         assert sweep.stepped(frozenset(current[half:]))
     return trained, sweep
 
