@@ -86,10 +86,11 @@ class ScratchFile:
 
     def _check_size(self) -> None:
         """A write behind the end of a file that was cut would succeed, and leave zeros where other slots are."""
+        reserved = self._nbytes  # read first: the file may grow meanwhile
         size = os.fstat(self._file.fileno()).st_size
-        if size < self._nbytes:
+        if size < reserved:
             changed = OSError(errno.EIO, "changed by someone else")
-            raise self._named(changed, f"the store's file has {size} bytes where {self._nbytes} were reserved")
+            raise self._named(changed, f"the store's file has {size} bytes where {reserved} were reserved")
 
     def _forget_pages(self, start: int, nbytes: int) -> None:
         if not self.direct:

@@ -92,15 +92,16 @@ def test_a_get_sees_what_was_put_before(store: FileStore, monkeypatch: pytest.Mo
     assert torch.equal(copy.wait(), NEW)
 
 
-def test_a_put_does_not_overtake_a_get(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", ["put", "put_into"])
+def test_a_put_does_not_overtake_a_get(store: FileStore, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
     stand_in = store.put("a", OLD).wait()
     writes, reads = _hold(monkeypatch, "pwritev", held=0), _hold(monkeypatch, "preadv")
     copy = store.get(stand_in, CPU)
-    store.put("a", NEW)
+    writing = store.put("a", NEW) if second == "put" else store.put_into(stand_in, NEW)
     assert not writes.came.wait(_MOMENT)
     reads.opened.set()
     assert torch.equal(copy.wait(), OLD)
-    store.synchronize()
+    writing.wait()
     assert torch.equal(stand_in, NEW)
 
 
