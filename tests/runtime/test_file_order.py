@@ -120,6 +120,17 @@ def test_puts_of_a_slot_happen_in_order(store: FileStore, monkeypatch: pytest.Mo
     assert torch.equal(stand_in, NEW)
 
 
+def test_a_put_of_nothing_hides_no_earlier_one(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = store.put("a", OLD).wait()
+    writes, reads = _hold(monkeypatch, "pwritev"), _hold(monkeypatch, "preadv", held=0)
+    store.put("a", NEW)
+    store.put_into(stand_in[:0], NEW[:0]).wait()
+    copy = store.get(stand_in, CPU)
+    assert not reads.came.wait(_MOMENT)
+    writes.opened.set()
+    assert torch.equal(copy.wait(), NEW)
+
+
 def test_a_dropped_place_waits_for_its_copies(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = store.put("a", OLD).wait()
     gate = _hold(monkeypatch, "preadv")
