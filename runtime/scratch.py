@@ -86,7 +86,7 @@ class ScratchFile:
 
     def _check_size(self) -> None:
         """A write behind the end of a file that was cut would succeed, and leave zeros where other slots are."""
-        reserved = self._nbytes  # first: the file may grow meanwhile
+        reserved = self._nbytes  # read first: the file may grow meanwhile
         size = os.fstat(self._file.fileno()).st_size
         if size < reserved:
             changed = OSError(errno.EIO, "changed by someone else")

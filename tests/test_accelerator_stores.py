@@ -143,6 +143,16 @@ def _stand_ins_are_complete_for_the_host(store: Store) -> str:
 
 
 @_check
+def _stand_ins_may_be_changed_by_the_host(store: Store) -> str:
+    stand_in = store.put("a", _values(1)).wait()
+    store.synchronize()
+    copy = store.get(stand_in, torch.device("sim"))
+    store.synchronize()
+    stand_in.fill_(0.0)
+    return _judge(copy.wait(), 1)
+
+
+@_check
 def _parts_are_copied(store: Store) -> str:
     stand_in = store.put("a", _values(1)).tensor
     store.put_into(stand_in[100:200], _values(0, 100))

@@ -192,6 +192,19 @@ def test_a_file_that_was_cut_is_noticed(store: FileStore) -> None:
             copy.wait()
 
 
+def test_a_file_that_grows_meanwhile_is_no_changed_one(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = store.put("a", ONES).wait()
+    look = os.fstat
+
+    def look_and_grow(fd: int) -> os.stat_result:
+        found = look(fd)
+        store._file.reserve(found.st_size + PAGE)
+        return found
+
+    monkeypatch.setattr(os, "fstat", look_and_grow)
+    assert torch.equal(store.get(stand_in, CPU).wait(), ONES)
+
+
 def _refuse_flag(patch: pytest.MonkeyPatch) -> None:
     control = fcntl.fcntl
 

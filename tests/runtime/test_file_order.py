@@ -92,15 +92,16 @@ def test_a_get_sees_what_was_put_before(store: FileStore, monkeypatch: pytest.Mo
     assert torch.equal(copy.wait(), NEW)
 
 
-def test_a_put_does_not_overtake_a_get(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", ["put", "put_into"])
+def test_a_put_does_not_overtake_a_get(store: FileStore, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
     stand_in = store.put("a", OLD).wait()
     writes, reads = _hold(monkeypatch, "pwritev", held=0), _hold(monkeypatch, "preadv")
     copy = store.get(stand_in, CPU)
-    store.put("a", NEW)
+    writing = store.put("a", NEW) if second == "put" else store.put_into(stand_in, NEW)
     assert not writes.came.wait(_MOMENT)
     reads.opened.set()
     assert torch.equal(copy.wait(), OLD)
-    store.synchronize()
+    writing.wait()
     assert torch.equal(stand_in, NEW)
 
 
@@ -117,6 +118,17 @@ def test_puts_of_a_slot_happen_in_order(store: FileStore, monkeypatch: pytest.Mo
     last.wait()
     first.wait()
     assert torch.equal(stand_in, NEW)
+
+
+def test_a_put_of_nothing_hides_no_earlier_one(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = store.put("a", OLD).wait()
+    writes, reads = _hold(monkeypatch, "pwritev"), _hold(monkeypatch, "preadv", held=0)
+    store.put("a", NEW)
+    store.put_into(stand_in[:0], NEW[:0]).wait()
+    copy = store.get(stand_in, CPU)
+    assert not reads.came.wait(_MOMENT)
+    writes.opened.set()
+    assert torch.equal(copy.wait(), NEW)
 
 
 def test_a_dropped_place_waits_for_its_copies(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
