@@ -1,7 +1,7 @@
 """Everything compiled for one input signature: the planner's `Problem`, and the exact `Program` of any step."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -39,6 +39,11 @@ class Setting:
     def state_nbytes(self, number: int) -> int:
         """Optimizer state of a chunk that can leave the device."""
         return self.optimizer.of_layout[_layout(self.chunks[number])].state_nbytes
+
+    def absent_nbytes(self, without_state: Iterable[int], resident: Sequence[int]) -> int:
+        """Bytes that every program counts from its start, of the state that these chunks have yet to get."""
+        costs = ((number, self.optimizer.of_layout[_layout(self.chunks[number])]) for number in without_state)
+        return sum(cost.counter_nbytes + (cost.state_nbytes if number in resident else 0) for number, cost in costs)
 
     @property
     def counter_nbytes(self) -> int:

@@ -3,8 +3,9 @@
 from chunkft_compile.planner.artefacts import PlanMismatch
 from chunkft_compile.planner.problem import BudgetError
 from chunkft_compile.runtime.applied import TrainingError
+from chunkft_compile.runtime.guard import MemoryPromiseError
 
-__all__ = ["BudgetError", "CaptureError", "PlanMismatch", "TrainingError"]
+__all__ = ["BudgetError", "CaptureError", "MemoryPromiseError", "PlanMismatch", "TrainingError"]
 
 
 class CaptureError(RuntimeError):

@@ -214,7 +214,7 @@ class ChunkedModule(nn.Module):
         sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
         leaves = {number: self.chunks[number].leaf for number in step.chunks}
         calls, offloader = [code.call for code in assembled.codes], Offloader(session.store)
-        run = Run(assembled.program, calls, sources, leaves, session.applier(compiled, step), offloader)
+        run = Run(assembled.program, calls, sources, leaves, session.applier(compiled, step), offloader, session.watch(compiled, step))
         self._pending = weakref.ref(run)
         return self._connect(compiled, assembled, run, batch)
 

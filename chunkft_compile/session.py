@@ -24,6 +24,7 @@ from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
+from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
@@ -62,7 +63,9 @@ class Session:
         self.sweep: Sweep | None = None
         self.latest: Compiled | None = None
         self.store = open_store(device, options.directory)
+        self.guard = open_guard(device, [chunk.name for chunk in self.chunks], [*model.parameters(), *model.buffers()])
         self._anchor = anchor
+        self._watch = Watch()
         self._costs = OperatorCosts(device)
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
@@ -73,6 +76,7 @@ class Session:
             program=_weakly(self, "_update_program"),
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
+            watch=_weakly(self, "_latest_watch"),
         )
 
     @property
@@ -150,6 +154,18 @@ class Session:
     def program(self, compiled: Compiled, step: Step) -> Assembled:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, resident=self.planned.schedule.resident, accumulating=self.accumulating)
+
+    def watch(self, compiled: Compiled, step: Step) -> Watch:
+        """What the run of a step, or of its updates, reports to."""
+        planned, accumulating = self.planned, self.accumulating
+        timeline = compiled.timeline(step, resident=planned.schedule.resident, accumulating=accumulating)
+        program = self.program(compiled, step).program
+        absent_nbytes = compiled.setting.absent_nbytes(self._updater.without_state(), planned.schedule.resident)
+        if accumulating:
+            absent_nbytes += sum(nbytes for number, nbytes in program.grad_nbytes.items() if self.chunks[number].leaf.grad is None)
+        title = f"step {planned.position + 1} of {len(planned.schedule.steps)}, sweep {planned.count + 1}"
+        self._watch = self.guard.watch(program, timeline, title, absent_nbytes)
+        return self._watch
 
     def dense_parameters(self) -> tuple[str, ...]:
         """Split parameters whose gradient is computed whole because no slicing rule applies."""
@@ -259,6 +275,7 @@ class Session:
         if type(optimizer) not in self._known:
             self._updater.check_coverage()
             self._adopt(optimizer, compiled.setting.optimizer)
+        self.watch(compiled, self.planned.current)
         return self.program(compiled, self.planned.current).program.instructions
 
     def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
@@ -272,6 +289,9 @@ class Session:
             )
         self._known |= {type(optimizer)}
 
+    def _latest_watch(self) -> Watch:
+        return self._watch
+
     def _resident(self) -> frozenset[int]:
         return frozenset(self.sweep.schedule.resident) if self.sweep else frozenset()
 
@@ -279,6 +299,7 @@ class Session:
         """Chunks were stepped; when all active ones were, the sweep moves on, and gradients of chunks that leave are freed."""
         before = set(self.planned.current.chunks)
         if self.planned.stepped(numbers):
+            self.guard.log.finish()
             for number in before - set(self.planned.current.chunks):
                 self.chunks[number].leaf.grad = None
 

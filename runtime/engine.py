@@ -12,6 +12,7 @@ from torch import nn
 
 from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program
+from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.offload import Offloader
 
 Call = Callable[[list[Any]], Sequence[torch.Tensor]]
@@ -38,7 +39,7 @@ class Run:
 
     `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
     parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates needs a `stepper`, which gets
-    the slices instead; one that moves values needs an `offloader`.
+    the slices instead; one that moves values needs an `offloader`. `watch` is told of every instruction.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Run:
         leaves: Mapping[int, nn.Parameter],
         stepper: Stepper | None = None,
         offloader: Offloader | None = None,
+        watch: Watch | None = None,
     ) -> None:
         assert (stepper is not None) == (program.update is Update.IMMEDIATE), f"{program.update} updates with the stepper {stepper}"
         self.program = program
@@ -57,15 +59,20 @@ class Run:
         self._calls = calls
         self._stepper = stepper
         self._offloader = offloader
+        self._watch = watch or Watch()
         self._values: dict[int, torch.Tensor] = dict(sources)
 
     def forward(self) -> dict[int, torch.Tensor]:
         """Execute every FORWARD, and take away what only backward needs; gives the held values."""
-        for instruction in self.program.instructions:
+        self._watch.anchor(0)
+        for number, instruction in enumerate(self.program.instructions):
             if instruction.op is Op.FORWARD:
                 self._execute(instruction)
             elif instruction.op is Op.EVICT and instruction.reads:
                 self._moves().evict({value: self._values.pop(value) for value in instruction.reads})
+            else:
+                continue
+            self._watch.check(number)
         held = {value: self._values[value] for value in self.program.held}
         # Autograd will hang this run on the outputs; the run keeps aliases of them, or the two would hold each other.
         self._values.update({value: tensor.detach() for value, tensor in held.items()})
@@ -79,13 +86,17 @@ class Run:
         self._values.update(tangents)
         self.finished = True
         try:
-            for instruction in self.program.instructions:
+            self._watch.anchor(self._first_backward())
+            for number, instruction in enumerate(self.program.instructions):
                 if instruction.op is Op.BACKWARD:
                     self._execute(instruction)
                 elif instruction.op is Op.FETCH and instruction.writes:
                     self._values.update(self._moves().fetch(instruction.writes))
                 elif self._stepper is not None and instruction.chunks and instruction.op in (Op.FETCH, Op.UPDATE, Op.EVICT):
                     self._stepper.execute(instruction, {chunk: self._values.pop(value) for value, chunk in instruction.gradients})
+                else:
+                    continue
+                self._watch.check(number)
         except BaseException:
             if self._stepper is not None:
                 self._stepper.abandon()
@@ -94,6 +105,11 @@ class Run:
             self._values.clear()
         if self._stepper is not None:
             self._stepper.finish()
+
+    def _first_backward(self) -> int:
+        """The number of the first instruction behind the forward."""
+        instructions = self.program.instructions
+        return next(number for number, instruction in enumerate(instructions) if instruction.op in (Op.BACKWARD, Op.FETCH))
 
     def _moves(self) -> Offloader:
         assert self._offloader is not None, "a program that moves values runs without an offloader"

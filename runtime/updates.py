@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
@@ -30,7 +31,8 @@ class Updater:
     """Hooks every optimizer that trains `chunks`.
 
     `program()` gives the FETCH, UPDATE and EVICT instructions of the current step, or raises if the step cannot be updated now;
-    `resident()` the chunks whose state stays; `done(numbers)` is told which chunks were stepped.
+    `resident()` the chunks whose state stays; `done(numbers)` is told which chunks were stepped, and `watch()`, for the program that was
+    given last, of every instruction.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class Updater:
         program: Callable[[Optimizer], Sequence[Instruction]],
         resident: Callable[[], frozenset[int]],
         done: Callable[[frozenset[int]], None],
+        watch: Callable[[], Watch] = Watch,
     ) -> None:
         self._chunks = chunks
         self._number = {id(chunk.leaf): number for number, chunk in enumerate(chunks)}
         self._mover = mover
-        self._program, self._resident, self._done = program, resident, done
+        self._program, self._resident, self._done, self._watch = program, resident, done, watch
         self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
         self._stepped: set[int] = set()  # of the pending step
         self._found: list[weakref.ref[Optimizer]] = []
@@ -96,6 +99,11 @@ class Updater:
         found = [optimizer for reference in self._found if (optimizer := reference()) is not None]
         return found if found and len(found) == len(self._found) else self.check_coverage()
 
+    def without_state(self) -> set[int]:
+        """Chunks for which no optimizer that was found has made state yet."""
+        made = {id(leaf) for reference in self._found if (optimizer := reference()) is not None for leaf, s in optimizer.state.items() if s}
+        return {number for number, chunk in enumerate(self._chunks) if id(chunk.leaf) not in made}
+
     def applier(self, optimizers: Sequence[Optimizer]) -> Applier:
         """For one backward that updates its step with `optimizers`. Sends away state that should not be on the device."""
         holders = {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
@@ -129,11 +137,14 @@ class Updater:
         instructions = _restricted(self._program(optimizer), ready)
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
-        self._pending = (optimizer, instructions[last + 1 :], gradients)
+        self._pending = (optimizer, instructions[last:], gradients)
         self._show(gradients, ())
+        watch = self._watch()
+        watch.anchor(watch.number_of(instructions[0]))
         try:
             for instruction in instructions[:last]:
                 self._execute(instruction, optimizer, gradients)
+                watch.check(watch.number_of(instruction))
         except BaseException:
             self.recover()
             raise
@@ -168,13 +179,17 @@ class Updater:
             self._done(done)
         if self._pending is None or self._pending[0] is not optimizer:
             return
-        _, rest, gradients = self._pending
+        _, (last, *rest), gradients = self._pending
         self._pending = None
+        watch = self._watch()
+        watch.look(watch.number_of(last))
         for instruction in rest:
             self._execute(instruction, optimizer, gradients)
+            watch.look(watch.number_of(instruction))
         self._show(gradients, tuple(gradients))
         self._stepped = set()
         self._done(frozenset(gradients))
+        watch.settle()  # after all is in its place: this step is complete, whatever it took
 
     def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
         match instruction.op:
