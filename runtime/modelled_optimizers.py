@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkft_compile.planner.devices import Device
 from chunkft_compile.runtime.meter import measure_calls
-from chunkft_compile.runtime.optimizers import Layout, OptimizerCost, StepCost, prepare, spare_nbytes, step_only
+from chunkft_compile.runtime.optimizers import Layout, OptimizerCost, StepCost, overlap, prepare, spare_nbytes, step_only
 
 _CPU = torch.device("cpu")
 _ELEMENTS = 2**18  # of a trial: enough that what does not grow with the elements is below a hundredth
@@ -168,7 +168,7 @@ def _overlap(name: str, foreach: bool | None, dtype: torch.dtype) -> float:
     matrix: Layout = ((512, 512), dtype)
     probes = [prepare(optimizer, [matrix] * count, _CPU) for count in (1, 2)]
     one, two = (call.peak_nbytes for call in measure_calls([partial(step_only, probe) for probe in probes], _CPU))
-    return two / one if one else 1.0
+    return overlap(one, two, _CPU)
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]

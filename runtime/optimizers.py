@@ -50,7 +50,7 @@ class OptimizerCost:
     def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
         """Bytes while stepping chunks of these layouts together, at most."""
         transients = [self.of_layout[layout].transient_nbytes for layout in layouts]
-        together = sum(transients) if self.overlap > 1.75 else round(max(transients) * self.overlap)
+        together = sum(transients) if self.overlap > 1.75 else math.ceil(max(transients) * self.overlap)
         return min(together, sum(transients)) if len(transients) > 1 else transients[0]
 
     def us(self, layouts: Sequence[Layout]) -> int:
@@ -156,12 +156,24 @@ def measure_optimizer(optimizer: Optimizer | None, layouts: Iterable[Layout], de
         us = math.ceil(max(least_us, call.seconds * 1e6 * _numel(layout) / whole))
         costs[layout] = StepCost(state, counters, scaled + (spare_nbytes(layout, state, device) if scaled else 0), us)
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
-    return OptimizerCost(name, costs, max(two / one if one else 1.0, two_matrices / one_matrix if one_matrix else 1.0))
+    return OptimizerCost(name, costs, max(overlap(one, two, device), overlap(one_matrix, two_matrices, device)))
+
+
+def overlap(one_nbytes: int, two_nbytes: int, device: torch.device) -> float:
+    """Transient of two equal chunks over that of one, at least; without what does not grow with the chunk, which would lower it."""
+    scalars = _scalars_nbytes(device)
+    if one_nbytes == 0:
+        return 1.0
+    return (two_nbytes - scalars) / (one_nbytes - scalars) if one_nbytes > scalars else 2.0
+
+
+def _scalars_nbytes(device: torch.device) -> int:
+    return _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
 
 
 def spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
     """What scaling by elements misses: one-element temporaries, and the rows and columns of a factored optimizer."""
-    scalars = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
+    scalars = _scalars_nbytes(device)
     factored = len(layout[0]) > 1 and 0 < state_nbytes < _numel(layout) * layout[1].itemsize
     return scalars + (2 * layout[1].itemsize * sum(layout[0]) if factored else 0)
 
