@@ -64,15 +64,12 @@ class Run:
 
     def forward(self) -> dict[int, torch.Tensor]:
         """Execute every FORWARD, and take away what only backward needs; gives the held values."""
-        self._watch.anchor(0)
-        for number, instruction in enumerate(self.program.instructions):
-            if instruction.op is Op.FORWARD:
-                self._execute(instruction)
-            elif instruction.op is Op.EVICT and instruction.reads:
-                self._moves().evict({value: self._values.pop(value) for value in instruction.reads})
-            else:
-                continue
-            self._watch.check(number)
+        try:
+            self._run_forward()
+        except BaseException:
+            self.finished = True  # whoever keeps the error keeps this run, but nothing of the step
+            self._values.clear()
+            raise
         held = {value: self._values[value] for value in self.program.held}
         # Autograd will hang this run on the outputs; the run keeps aliases of them, or the two would hold each other.
         self._values.update({value: tensor.detach() for value, tensor in held.items()})
@@ -105,6 +102,17 @@ class Run:
             self._values.clear()
         if self._stepper is not None:
             self._stepper.finish()
+
+    def _run_forward(self) -> None:
+        self._watch.anchor(0)
+        for number, instruction in enumerate(self.program.instructions):
+            if instruction.op is Op.FORWARD:
+                self._execute(instruction)
+            elif instruction.op is Op.EVICT and instruction.reads:
+                self._moves().evict({value: self._values.pop(value) for value in instruction.reads})
+            else:
+                continue
+            self._watch.check(number)
 
     def _first_backward(self) -> int:
         """The number of the first instruction behind the forward."""

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from chunkft_compile.runtime.allocators import Allocator
+from chunkft_compile.runtime.chunks import BLOCK_NBYTES
 
 
 class Reading(NamedTuple):
@@ -36,12 +37,19 @@ class CpuGauge:
         return reading
 
 
+def has_planned_blocks(device: torch.device) -> bool:
+    """Whether an accelerator rounds as plans assume; where it does not, planned and measured changes differ."""
+    before = torch.accelerator.memory_allocated(device)
+    probe = torch.empty(1, dtype=torch.uint8, device=device)
+    return torch.accelerator.memory_allocated(device) - before == BLOCK_NBYTES * probe.numel()
+
+
 class AcceleratorGauge:
     """By the allocator's own statistics; neither reading nor resetting them waits for the device.
 
     There is one peak statistic per device, and it is the user's. So unless `exact`, it is not reset: where it rose since the last
     reading it is the peak since then, and where it did not, the peak was no higher than one before, and live bytes are all that is
-    known. Bytes are those requested where the allocator tells them: what it adds by rounding is in no plan.
+    known. Bytes are those of whole blocks, which is what a plan for an accelerator counts.
     """
 
     def __init__(self, device: torch.device, *, exact: bool) -> None:
@@ -51,8 +59,7 @@ class AcceleratorGauge:
     def read(self) -> Reading:
         """See `Gauge.read`."""
         stats = torch.accelerator.memory_stats(self._device)
-        kind = "requested_bytes" if stats.get("requested_bytes.all.peak") else "allocated_bytes"
-        live, highest = (int(stats.get(f"{kind}.all.{what}", 0)) for what in ("current", "peak"))
+        live, highest = (int(stats.get(f"allocated_bytes.all.{what}", 0)) for what in ("current", "peak"))
         peak = highest if self._exact or highest != self._highest_nbytes else live
         if self._exact:
             torch.accelerator.reset_peak_memory_stats(self._device)

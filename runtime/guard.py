@@ -17,8 +17,9 @@ import torch
 from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline
 from chunkft_compile.planner.units import format_nbytes
 from chunkft_compile.runtime.allocators import install
+from chunkft_compile.runtime.chunks import BLOCK_NBYTES
 from chunkft_compile.runtime.environment import debug_level, guard_wanted
-from chunkft_compile.runtime.gauges import AcceleratorGauge, CpuGauge, Gauge
+from chunkft_compile.runtime.gauges import AcceleratorGauge, CpuGauge, Gauge, has_planned_blocks
 from chunkft_compile.runtime.native import BuildError
 from chunkft_compile.runtime.step_log import StepLog
 
@@ -145,21 +146,27 @@ def describe(moment: Moment) -> str:
 def open_guard(device: torch.device, names: Sequence[str], weights: Iterable[torch.Tensor]) -> Guard:
     """The guard of a model, as the environment wants it.
 
-    On a CPU it needs the allocator hook, which then counts `weights` too; where that cannot be built, memory goes unwatched, and
-    the log says so.
+    On a CPU it needs the allocator hook, which then counts `weights` too; where that cannot be built, and on an accelerator with
+    other blocks than plans count in, memory goes unwatched, and the log says so.
     """
     debug, strict = debug_level(), guard_wanted()
-    if not (debug or strict):
-        return Guard(None, names, StepLog(0), strict=False)
+    gauge = _gauge(device, weights, exact=debug >= 2) if debug or strict else None
+    return Guard(gauge, names, StepLog(debug), strict=strict)
+
+
+def _gauge(device: torch.device, weights: Iterable[torch.Tensor], *, exact: bool) -> Gauge | None:
     if device.type != "cpu":
-        return Guard(AcceleratorGauge(device, exact=debug >= 2), names, StepLog(debug), strict=strict)
+        if has_planned_blocks(device):
+            return AcceleratorGauge(device, exact=exact)
+        _say_unwatched(f"the allocator of {device} does not hand out blocks of {BLOCK_NBYTES} bytes")
+        return None
     try:
         hook = install()
     except BuildError as error:
         _say_unwatched(str(error))
-        return Guard(None, names, StepLog(debug), strict=strict)
+        return None
     hook.adopt(weights)
-    return Guard(CpuGauge(hook), names, StepLog(debug), strict=strict)
+    return CpuGauge(hook)
 
 
 def _say_unwatched(reason: str) -> None:

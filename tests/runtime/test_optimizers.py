@@ -81,7 +81,8 @@ def test_chunks_stepped_together_stay_below_the_prediction(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw amsgrad"])
 def test_large_chunks_stepped_together_do_too(name: str) -> None:
-    make, large = OPTIMIZERS[name], [((512, 256), torch.float32)]
+    make = OPTIMIZERS[name]
+    large: list[Layout] = [((512, 256), torch.float32)]
     cost = measure_optimizer(make([nn.Parameter(torch.zeros(3))]), large, CPU)
     _, transient = _measured(make, large * 3)
     assert transient <= cost.transient_nbytes(large * 3) <= 1.01 * transient
