@@ -104,7 +104,8 @@ class PeakWatch:
         elif self._measured_steps and self._steps == 1:
             # One session over all steps: the profiler does not report the end of a block that an earlier session saw allocated.
             self._before_nbytes = live_nbytes(self._device, weights=self._weights, ignore=self._ignore)
-            self._meter: _HookMeter | PeakMeter = self._session.enter_context(_cpu_meter())
+            self._meter = _cpu_meter()
+            self._session.enter_context(self._meter)
         elif self._measured_steps and self._steps == 1 + self._measured_steps:
             self._session.close()
             self.peak_nbytes = self._before_nbytes + self._meter.peak_nbytes
