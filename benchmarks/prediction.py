@@ -23,7 +23,7 @@ from torch.optim import AdamW
 import chunkft_compile
 from benchmarks.common import UPDATES, circumstances, compile_model, mb, run_alone, train_step
 from benchmarks.models import HIDDEN, MODELS, ROWS, TOKENS, VOCABULARY, build
-from tests.support.allocator import install
+from chunkft_compile.runtime.allocators import install
 
 SLACK = 1.02
 DEFAULT = ("llama-tied", "llama", "gpt2", "bert-classifier", "qwen3", "gemma3", "t5", "convnet")

@@ -33,7 +33,7 @@ import chunkft_compile
 from benchmarks.common import circumstances, train_step
 from chunkft_compile.budget import parse_budget
 from chunkft_compile.planner import Plan, Step, from_json
-from tests.support.allocator import install
+from chunkft_compile.runtime.allocators import install
 
 GIB = 1 << 30
 HEADERS = ("weights", "budget GiB", "step", "of T", "chunks", "predicted GiB", "measured GiB", "growth GiB", "wall s", "moved GB", "hidden")

@@ -9,7 +9,7 @@ import chunkft_compile
 from benchmarks.common import cpu_seconds, mb
 from benchmarks.contestants import PLAIN, RIVALS, Ours, Trainer
 from benchmarks.llama import build_batch
-from tests.support.allocator import install
+from chunkft_compile.runtime.allocators import install
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Full-parameter fine-tuning inside a byte budget: a memory-planner compiler pass on torch.fx."""
 
 from chunkft_compile.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from chunkft_compile.errors import BudgetError, CaptureError, CheckpointError, PlanMismatch, TrainingError
+from chunkft_compile.errors import BudgetError, CaptureError, CheckpointError, MemoryPromiseError, PlanMismatch, TrainingError
 from chunkft_compile.loading import load
 from chunkft_compile.module import ChunkedModule, Progress, compile
 
@@ -12,6 +12,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ChunkedModule",
+    "MemoryPromiseError",
     "PlanMismatch",
     "Progress",
     "TrainingError",

@@ -1,7 +1,7 @@
 """Everything compiled for one input signature: the planner's `Problem`, and the exact `Program` of any step."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from chunkft_compile.planner.problem import Link, Placement, Places, Problem, Sc
 from chunkft_compile.planner.problem import Update as When
 from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
-from chunkft_compile.runtime.chunks import Chunk, allocated_nbytes, storage_nbytes
+from chunkft_compile.runtime.chunks import Chunk, rows_nbytes, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
 from chunkft_compile.segments import Segment, cut
 from chunkft_compile.streaming import Streams
@@ -45,6 +45,11 @@ class Setting:
     def link(self, place: Placement) -> Link:
         """The way to a place beside the device."""
         return next(link for link in self.links if link.placement is place)
+
+    def absent_nbytes(self, without_state: Iterable[int], resident: Sequence[int]) -> int:
+        """Bytes that every program counts from its start, of the state that these chunks have yet to get."""
+        costs = ((number, self.optimizer.of_layout[_layout(self.chunks[number])]) for number in without_state)
+        return sum(cost.counter_nbytes + (cost.state_nbytes if number in resident else 0) for number, cost in costs)
 
     @property
     def counter_nbytes(self) -> int:
@@ -223,7 +228,7 @@ class Compiled:
             nbytes, link = self.setting.state_nbytes(number), self.setting.link(place)
             fetch_us, evict_us = link.read_us(nbytes), link.write_us(nbytes)
         if number in streams.evict_us and when is When.HELD:
-            nbytes += allocated_nbytes(chunk.leaf)
+            nbytes += rows_nbytes(chunk)
             fetch_us += streams.fetch_us[chunk.param] * chunk.nbytes // max(1, streams.nbytes[chunk.param])
             evict_us += streams.evict_us[number]
         return _Move(nbytes, fetch_us, evict_us)

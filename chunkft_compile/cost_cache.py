@@ -1,8 +1,8 @@
 """Measured operators kept on disk, so that planning the same model again takes less time and asks the same question.
 
-The only place that reads `CHUNKFT_CACHE`, `XDG_CACHE_HOME` and the home directory. One JSON file per fingerprint: what a measurement
-depends on beside the call itself. A file that is missing, broken, of another version or not writable means measuring again, never an
-error; two processes that write at once each replace the file whole, and the later one keeps what it read of the other's.
+One JSON file per fingerprint: what a measurement depends on beside the call itself. A file that is missing, broken, of another version
+or not writable means measuring again, never an error; two processes that write at once each replace the file whole, and the later one
+keeps what it read of the other's.
 """
 
 import hashlib
@@ -17,25 +17,12 @@ from pathlib import Path
 
 import torch
 
+from chunkft_compile.runtime.environment import cache_directory
 from chunkft_compile.runtime.meter import CallCost
 
 logger = logging.getLogger("chunkft_compile")
 
 _VERSION = 1
-
-
-def cache_directory() -> Path | None:
-    """`$CHUNKFT_CACHE`, else `chunkft_compile` under `$XDG_CACHE_HOME` or `~/.cache`; None where `CHUNKFT_CACHE` is "0"."""
-    chosen = os.environ.get("CHUNKFT_CACHE")
-    if chosen == "0":
-        return None
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(base or Path.home() / ".cache") / "chunkft_compile"
-    except RuntimeError:  # no home directory
-        return None
 
 
 def fingerprint(device: torch.device) -> str:

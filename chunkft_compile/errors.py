@@ -4,8 +4,9 @@ from chunkft_compile.planner.artefacts import PlanMismatch
 from chunkft_compile.planner.problem import BudgetError
 from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.archive import CheckpointError
+from chunkft_compile.runtime.guard import MemoryPromiseError
 
-__all__ = ["BudgetError", "CaptureError", "CheckpointError", "PlanMismatch", "TrainingError"]
+__all__ = ["BudgetError", "CaptureError", "CheckpointError", "MemoryPromiseError", "PlanMismatch", "TrainingError"]
 
 
 class CaptureError(RuntimeError):

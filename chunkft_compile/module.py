@@ -229,7 +229,8 @@ class ChunkedModule(nn.Module):
         sources = {value: tensor for value, tensor in sources.items() if value not in assembled.streamed}
         calls, offloader = [code.call for code in assembled.codes], Offloader(session.stores)
         leaves, stepper = {number: self.chunks[number].leaf for number in step.chunks}, session.stepper(compiled, step)
-        run = Run(assembled.program, calls, sources, leaves, stepper, offloader, session.keeper, assembled.streamed)
+        watch = session.watch(compiled, step)
+        run = Run(assembled.program, calls, sources, leaves, stepper, offloader, session.keeper, assembled.streamed, watch)
         self._pending = weakref.ref(run)
         return self._connect(compiled, assembled, run, batch)
 

@@ -27,6 +27,7 @@ from chunkft_compile.planner.program import Instruction
 from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Stepper
+from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
 from chunkft_compile.runtime.stores import Stores, measure_link
@@ -70,7 +71,9 @@ class Session:
         self._model_nbytes = model_nbytes(model)
         self._number = {id(chunk): number for number, chunk in enumerate(self.chunks)}
         self.steps = 0
+        self.guard = open_guard(device, [chunk.name for chunk in self.chunks], [*model.parameters(), *model.buffers()])
         self._anchor = anchor
+        self._watch = Watch()
         self._costs = OperatorCosts(device)
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
@@ -84,6 +87,7 @@ class Session:
             program=_weakly(self, "_update_program"),
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
+            watch=_weakly(self, "_latest_watch"),
         )
 
     @property
@@ -212,6 +216,20 @@ class Session:
     def program(self, compiled: Compiled, step: Step) -> Assembled:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
+
+    def watch(self, compiled: Compiled, step: Step) -> Watch:
+        """What the run of a step, or of its updates, reports to."""
+        planned, accumulating = self.planned, self.accumulating
+        timeline = compiled.timeline(step, planned.schedule.places, accumulating=accumulating)
+        program = self.program(compiled, step).program
+        without_state = self._updater.without_state()
+        absent_nbytes = compiled.setting.absent_nbytes(without_state, planned.schedule.resident)
+        unmade = {number: compiled.setting.state_nbytes(number) for number in without_state.intersection(step.chunks)}
+        if accumulating:
+            absent_nbytes += sum(nbytes for number, nbytes in program.grad_nbytes.items() if self.chunks[number].leaf.grad is None)
+        title = f"step {planned.position + 1} of {len(planned.schedule.steps)}, sweep {planned.count + 1}"
+        self._watch = self.guard.watch(program, timeline, title, absent_nbytes, unmade)
+        return self._watch
 
     def dense_parameters(self) -> tuple[str, ...]:
         """Split parameters whose gradient is computed whole because no slicing rule applies."""
@@ -356,6 +374,7 @@ class Session:
         if type(optimizer) not in self._known:
             self._updater.check_coverage()
             self._adopt(optimizer, compiled.setting.optimizer)
+        self.watch(compiled, self.planned.current)
         return self.program(compiled, self.planned.current).program.instructions
 
     def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
@@ -364,7 +383,7 @@ class Session:
         self.mover.keep(cost.tables)
         more = max(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout)
         more += cost.table_nbytes - assumed.table_nbytes
-        if more > 0 or cost.overlap > assumed.overlap:
+        if more > 0 or any(own > other for own, other in zip(cost.overlap, assumed.overlap, strict=True)):
             raise TrainingError(
                 f"the plan assumed {assumed.name}, and {cost.name} needs up to {format_nbytes(max(more, 1))} more for a chunk; "
                 f"build the optimizer before the first training call, or before model.plan()"
@@ -376,6 +395,9 @@ class Session:
         place = self.planned.schedule.places.state[self._number[id(chunk)]] if self.sweep else Placement.DEVICE
         return self.stores.placements[0] if place is Placement.DEVICE else place
 
+    def _latest_watch(self) -> Watch:
+        return self._watch
+
     def _resident(self) -> frozenset[int]:
         return frozenset(self.sweep.schedule.resident) if self.sweep else frozenset()
 
@@ -386,6 +408,7 @@ class Session:
         self._used |= {number: (weakref.ref(gradient), gradient._version) for number, gradient in gradients.items()}
         if self.planned.stepped(numbers):
             self.steps += 1
+            self.guard.log.finish()
             for number in before - set(self.planned.current.chunks):
                 self.chunks[number].leaf.grad = None
 

@@ -75,6 +75,12 @@ def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
     return max(1 << (room.bit_length() - 1), weights // 512)
 
 
+def rows_nbytes(chunk: Chunk) -> int:
+    """Bytes that the allocator of its device counts for a copy of the rows of a chunk."""
+    block = 1 if chunk.leaf.device.type in ("cpu", "meta") else BLOCK_NBYTES
+    return -(-chunk.nbytes // block) * block
+
+
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`: views and tied weights count once."""
     return sum({t.untyped_storage()._cdata: allocated_nbytes(t) for t in tensors}.values())

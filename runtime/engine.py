@@ -12,6 +12,7 @@ from torch import nn
 
 from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program
+from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.runtime.weights import WeightKeeper
 
@@ -40,7 +41,7 @@ class Run:
     `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
     parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates, or one that fetches state in its
     backward, needs a `stepper`, and the first gives it the slices instead. One that moves values needs an `offloader`; one that moves
-    weights a `keeper`, and in `streamed` the name of every value that lies in them.
+    weights a `keeper`, and in `streamed` the name of every value that lies in them. `watch` is told of every instruction.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Run:
         offloader: Offloader | None = None,
         keeper: WeightKeeper | None = None,
         streamed: Mapping[int, str] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.program = program
         self.finished = False
@@ -62,6 +64,7 @@ class Run:
         self._offloader = offloader
         self._keeper = keeper
         self._streamed = streamed or {}
+        self._watch = watch or Watch()
         self._values: dict[int, torch.Tensor] = dict(sources)
         steps = program.instructions
         self._middle = 1 + max(number for number, step in enumerate(steps) if step.op is Op.FORWARD)
@@ -70,9 +73,10 @@ class Run:
     def forward(self) -> dict[int, torch.Tensor]:
         """Execute every FORWARD and the moves around them; gives the held values."""
         try:
-            for instruction in self.program.instructions[: self._middle]:
-                self._execute(instruction)
+            self._watch.anchor(0)
+            self._run(range(self._middle))
         except BaseException:
+            self.finished = True  # whoever keeps the error keeps this run, but nothing of the step
             self._let_go()
             raise
         held = {value: self._values[value] for value in self.program.held}
@@ -88,8 +92,8 @@ class Run:
         self._values.update(tangents)
         self.finished = True
         try:
-            for instruction in self.program.instructions[self._middle : self._end]:
-                self._execute(instruction)
+            self._watch.anchor(self._middle)
+            self._run(range(self._middle, self._end))
         except BaseException:
             if self._stepper is not None:
                 self._stepper.abandon()
@@ -98,6 +102,11 @@ class Run:
             self._let_go()
         if self._stepper is not None:
             self._stepper.finish()
+
+    def _run(self, numbers: range) -> None:
+        for number in numbers:
+            self._execute(self.program.instructions[number])
+            self._watch.check(number)
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction.op:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkft_compile.planner.devices import Device
 from chunkft_compile.runtime.meter import measure_calls
-from chunkft_compile.runtime.optimizers import Layout, OptimizerCost, StepCost, prepare, spare_nbytes, step_only
+from chunkft_compile.runtime.optimizers import Layout, OptimizerCost, StepCost, overlap, prepare, spare_nbytes, step_only
 from chunkft_compile.runtime.state_tensors import Path
 
 _CPU = torch.device("cpu")
@@ -209,13 +209,12 @@ def _try(name: str, foreach: bool | None, rank: int, dtype: torch.dtype, element
 
 
 @functools.cache
-def _overlap(name: str, foreach: bool | None, dtype: torch.dtype) -> float:
-    """Transient of two equal chunks over that of one."""
+def _overlap(name: str, foreach: bool | None, dtype: torch.dtype) -> tuple[float, float]:
+    """See `OptimizerCost.overlap`."""
     optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(2))], foreach=foreach)
     matrix: Layout = ((512, 512), dtype)
-    probes = [prepare(optimizer, [matrix] * count, _CPU) for count in (1, 2)]
-    one, two = (call.peak_nbytes for call in measure_calls([partial(step_only, probe) for probe in probes], _CPU))
-    return two / one if one else 1.0
+    probes = [prepare(optimizer, [matrix] * count, _CPU) for count in (1, 2, 3)]
+    return overlap(measure_calls([partial(step_only, probe) for probe in probes], _CPU), _CPU)
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]

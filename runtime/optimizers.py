@@ -17,6 +17,7 @@ from chunkft_compile.runtime.chunks import BLOCK_NBYTES, allocated_nbytes, stora
 from chunkft_compile.runtime.meter import CallCost, measure_calls
 from chunkft_compile.runtime.state_tensors import Path, tensors_in
 
+_TOGETHER = 3  # so many chunks are tried together
 _SCALARS_NBYTES = 64  # one-element temporaries (bias corrections) do not scale with the chunk
 
 Layout = tuple[tuple[int, ...], torch.dtype]
@@ -41,14 +42,15 @@ class StepCost:
 class OptimizerCost:
     """What stepping chunks costs, by layout, on the device they were measured on.
 
-    `overlap` is the transient of two equal chunks stepped together over that of one: 1 where the optimizer goes chunk by
-    chunk, 2 where it takes all at once (foreach), between them where some temporaries are of all chunks and some of one.
+    `overlap` says what further chunks add when they are stepped together, over what one takes: the second, and each one after it.
+    Both are 0 where the optimizer goes chunk by chunk, 1 where it takes all at once (foreach), and between them where some temporaries
+    are of all chunks, or where those of one are still there while it is at the next.
     `tables` are tensors that it shares between the state of all chunks, by their place in it: they never move.
     """
 
     name: str
     of_layout: dict[Layout, StepCost]
-    overlap: float
+    overlap: tuple[float, float]
     tables: Mapping[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -58,9 +60,9 @@ class OptimizerCost:
 
     def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
         """Bytes while stepping chunks of these layouts together, at most."""
-        transients = [self.of_layout[layout].transient_nbytes for layout in layouts]
-        of_all = min(1.0, self.overlap - 1)
-        return math.ceil(of_all * sum(transients) + (1 - of_all) * max(transients))
+        first, *others = sorted((self.of_layout[layout].transient_nbytes for layout in layouts), reverse=True)
+        second, later = self.overlap
+        return math.ceil(first + second * sum(others[:1]) + later * sum(others[1:]))
 
     def us(self, layouts: Sequence[Layout]) -> int:
         """Microseconds of stepping chunks of these layouts: a chunk costs the same alone and among others."""
@@ -77,7 +79,8 @@ class OptimizerCost:
             a, b = self.of_layout[layout], other.of_layout[layout]
             larger[layout] = StepCost(*map(max, astuple(a), astuple(b)))
         name = self.name if self.name == other.name else f"{self.name} + {other.name}"
-        return OptimizerCost(name, larger, max(self.overlap, other.overlap), {**self.tables, **other.tables})
+        second, later = (max(pair) for pair in zip(self.overlap, other.overlap, strict=True))
+        return OptimizerCost(name, larger, (second, later), {**self.tables, **other.tables})
 
 
 def optimizers_of(leaves: Iterable[nn.Parameter]) -> list[Optimizer]:
@@ -152,8 +155,10 @@ def _measure(optimizer: Optimizer | None, distinct: Sequence[Layout], device: to
     largest = {class_of[layout]: layout for layout in sorted(distinct, key=_numel)}
     small = _trials(distinct)
     calls = _calls(optimizer, [*([layout] for layout in largest.values()), *small], device)
-    ones, twos = calls[-len(small) :: 2], calls[1 - len(small) :: 2]
-    overlap = max(two.peak_nbytes / one.peak_nbytes if one.peak_nbytes else 1.0 for one, two in zip(ones, twos, strict=True))
+    tried = calls[-len(small) :]
+    ones = tried[::_TOGETHER]
+    added = [overlap(tried[i : i + _TOGETHER], device) for i in range(0, len(tried), _TOGETHER)]
+    second, later = max(second for second, _ in added), max(later for _, later in added)
     least_us = min(one.seconds for one in ones) * 1e6
     of_class = dict(zip(largest, calls, strict=False))
     costs = {}
@@ -165,15 +170,15 @@ def _measure(optimizer: Optimizer | None, distinct: Sequence[Layout], device: to
         us = math.ceil(max(least_us, call.seconds * 1e6 * share))
         costs[layout] = StepCost(moving, counters, transient + (spare_nbytes(layout, moving, device) if transient else 0), us)
     name = type(optimizer).__name__ if optimizer is not None else "AdamW (assumed)"
-    return OptimizerCost(name, costs, max(1.0, overlap), tables)
+    return OptimizerCost(name, costs, (second, later), tables)
 
 
 def _trials(layouts: Sequence[Layout]) -> list[list[Layout]]:
-    """One and two small vectors, one and two small matrices: those of which there are any."""
+    """One, two and three small vectors, and as many small matrices: those of which there are any."""
     dtype = layouts[0][1]
     shapes: dict[bool, tuple[int, ...]] = {False: (1024,), True: (32, 32)}
     kinds = dict.fromkeys(len(shape) > 1 for shape, _ in layouts)
-    return [[(shapes[kind], dtype)] * count for kind in kinds for count in (1, 2)]
+    return [[(shapes[kind], dtype)] * count for kind in kinds for count in range(1, _TOGETHER + 1)]
 
 
 def _calls(optimizer: Optimizer | None, trials: Sequence[Sequence[Layout]], device: torch.device) -> list[CallCost]:
@@ -181,9 +186,27 @@ def _calls(optimizer: Optimizer | None, trials: Sequence[Sequence[Layout]], devi
     return measure_calls([partial(step_only, probe) for probe in probes], device)
 
 
+def overlap(calls: Sequence[CallCost], device: torch.device) -> tuple[float, float]:
+    """`OptimizerCost.overlap` from steps of one, two and three equal chunks.
+
+    What does not grow with the chunk is left out: it would lower the ratios.
+    """
+    one, two, three = (call.peak_nbytes for call in calls)
+    least = one - _scalars_nbytes(device)
+    if one == 0:
+        return 0.0, 0.0
+    if least <= 0:
+        return 1.0, 1.0
+    return max(0.0, (two - one) / least), max(0.0, (three - two) / least)
+
+
+def _scalars_nbytes(device: torch.device) -> int:
+    return _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
+
+
 def spare_nbytes(layout: Layout, state_nbytes: int, device: torch.device) -> int:
     """What scaling by elements misses: one-element temporaries, and the rows and columns of a factored optimizer."""
-    scalars = _SCALARS_NBYTES if device.type == "cpu" else 8 * BLOCK_NBYTES
+    scalars = _scalars_nbytes(device)
     factored = len(layout[0]) > 1 and 0 < state_nbytes < _numel(layout) * layout[1].itemsize
     return scalars + (2 * layout[1].itemsize * sum(layout[0]) if factored else 0)
 

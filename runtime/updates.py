@@ -10,8 +10,9 @@ stand-ins out of `.grad` before it and report the chunks after it.
 
 import functools
 import gc
+import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
@@ -31,7 +33,8 @@ class Updater:
     """Hooks every optimizer that trains `chunks`.
 
     `program()` gives the FETCH, UPDATE and EVICT instructions of the current step, or raises if the step cannot be updated now;
-    `resident()` the chunks whose state stays; `done(numbers)` is told which chunks were stepped.
+    `resident()` the chunks whose state stays; `done(numbers)` is told which chunks were stepped, and `watch()`, for the program that was
+    given last, of every instruction.
     """
 
     def __init__(
@@ -42,11 +45,12 @@ class Updater:
         program: Callable[[Optimizer], Sequence[Instruction]],
         resident: Callable[[], frozenset[int]],
         done: Callable[[frozenset[int]], None],
+        watch: Callable[[], Watch] = Watch,
     ) -> None:
         self._chunks = chunks
         self._number = {id(chunk.leaf): number for number, chunk in enumerate(chunks)}
         self._mover = mover
-        self._program, self._resident, self._done = program, resident, done
+        self._program, self._resident, self._done, self._watch = program, resident, done, watch
         self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
         self._stepped: set[int] = set()  # of the pending step
         self._found: list[weakref.ref[Optimizer]] = []
@@ -100,6 +104,11 @@ class Updater:
         found = [optimizer for reference in self._found if (optimizer := reference()) is not None]
         return found if found and len(found) == len(self._found) else self.check_coverage()
 
+    def without_state(self) -> set[int]:
+        """Chunks for which no optimizer that was found has made state yet."""
+        made = {id(leaf) for reference in self._found if (optimizer := reference()) is not None for leaf, s in optimizer.state.items() if s}
+        return {number for number, chunk in enumerate(self._chunks) if id(chunk.leaf) not in made}
+
     def applier(self, optimizers: Sequence[Optimizer]) -> Applier:
         """For one backward that updates its step with `optimizers`. Sends away state that should not be on the device."""
         holders = {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
@@ -152,7 +161,7 @@ class Updater:
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step all groups but the last, and leave the last one ready for the step that follows."""
         mine = self.chunks_of(optimizer)
-        if not mine:
+        if not mine or (self._pending is not None and _is_within(optimizer)):
             return
         self._recover_step()
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
@@ -162,14 +171,17 @@ class Updater:
         if not ready:
             return
         self._evict({number: optimizer for number in mine if number not in self._prefetched})
-        instructions = _restricted(self._program(optimizer), ready)
+        instructions = _restricted(self._program(optimizer), ready, self._prefetched.keys())
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
-        self._pending = (optimizer, instructions[last + 1 :], gradients)
+        self._pending = (optimizer, instructions[last:], gradients)
         self._show(gradients, ())
+        watch = self._watch()
+        watch.anchor_update(instructions[0])
         try:
             for instruction in instructions[:last]:
                 self._execute(instruction, optimizer, gradients)
+                watch.check(watch.number_of(instruction))
             self._await(instructions[last].chunks)
         except BaseException:
             self._recover_step()
@@ -212,14 +224,18 @@ class Updater:
             self._done(done)
         if self._pending is None or self._pending[0] is not optimizer:
             return
-        _, rest, gradients = self._pending
+        _, (last, *rest), gradients = self._pending
         self._pending = None
+        watch = self._watch()
+        watch.look(watch.number_of(last))
         for instruction in rest:
             self._execute(instruction, optimizer, gradients)
+            watch.look(watch.number_of(instruction))
         self._mover.synchronize()
         self._show(gradients, tuple(gradients))
         self._stepped = set()
         self._done(frozenset(gradients))
+        watch.settle()  # after all is in its place: this step is complete, whatever it took
 
     def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
         match instruction.op:
@@ -300,6 +316,19 @@ class Fetcher:
         """Nothing is to be done: what came is sent away before the next step."""
 
 
+def _is_within(optimizer: Optimizer) -> bool:
+    """Whether the hooks of a step run within another step of the same optimizer: its class calls the hooked `step` of its base."""
+    # torch 2.13.0: `Optimizer.profile_hook_step` wraps `step` in a function that has the optimizer as its first argument
+    frame, steps = inspect.currentframe(), 0
+    while frame is not None:
+        if frame.f_code is _STEP_CODE and frame.f_locals["args"][0] is optimizer:
+            steps += 1
+        frame = frame.f_back
+    return steps > 1
+
+
+_STEP_CODE = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
 _updaters: "weakref.WeakSet[Updater]" = weakref.WeakSet()
 
 
@@ -320,11 +349,12 @@ def _tell(method: str, optimizer: Optimizer, *arguments: Any) -> None:
             getattr(updater, method)(optimizer, *arguments)
 
 
-def _restricted(instructions: Sequence[Instruction], ready: set[int]) -> list[Instruction]:
-    """The instructions for the chunks that have a gradient and belong to this optimizer."""
+def _restricted(instructions: Sequence[Instruction], ready: set[int], here: Collection[int]) -> list[Instruction]:
+    """The instructions for the chunks that have a gradient and belong to this optimizer. The state of those in `here` has come."""
     kept = []
     for instruction in instructions:
-        chunks = tuple(number for number in instruction.chunks if number in ready)
+        wanted = ready.difference(here) if instruction.op is Op.FETCH else ready
+        chunks = tuple(number for number in instruction.chunks if number in wanted)
         if chunks:
             kept.append(Instruction(instruction.op, chunks=chunks))
     return kept

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.capture import Capture, capture
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.lowering import Lowering
+from chunkft_compile.runtime.allocators import install
+from chunkft_compile.runtime.native import BuildError
 from chunkft_compile.segments import Segment
 from tests.support.allocator import Allocator, allocator_or_skip
 
@@ -47,7 +50,12 @@ class Workshop:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_on_disk() -> Iterator[None]:
-    """Tests neither read nor write the user's cache; those of the cache name a directory of their own."""
+    """Tests neither read nor write the user's cache; those of the cache name a directory of their own.
+
+    Only the allocator hook comes from there: it is built once per machine, not once per session.
+    """
+    with suppress(BuildError):
+        install()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHUNKFT_CACHE", "0")
         yield

@@ -6,6 +6,7 @@
 import copy
 import gc
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import nn
 
 import chunkft_compile
 from chunkft_compile.planner import Placement, Update
+from chunkft_compile.planner.program import Instruction, Op
+from chunkft_compile.runtime.engine import Run
 from tests import models
 from tests.invariants.by_hand import plan_by_hand
 from tests.support.reference import Slice, train
@@ -46,6 +49,10 @@ def test_the_device_shows_an_early_free(report: dict[str, Any]) -> None:
 
 def test_the_device_has_a_capacity(report: dict[str, Any]) -> None:
     assert report["beyond capacity"] == "OutOfMemoryError"
+
+
+def test_a_broken_promise_stops_the_step(report: dict[str, Any]) -> None:
+    assert re.search(r"BACKWARD of segment 1\): \d+ bytes at its peak, where .* \([\d.]+ [kM]B over\)", report["leak"])
 
 
 def test_plain_training_runs_out_of_memory_at_the_budget(report: dict[str, Any]) -> None:
@@ -106,6 +113,8 @@ def _main() -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = _check_streams(device) | {"plain": _run_plain(device)}
     found["fast"] = _run_chunked(device)
+    gc.collect()
+    found["leak"] = _run_leaking(device)
     gc.collect()
     found["left behind"] = torch.accelerator.memory_allocated()
     found["slow"] = _run_chunked(device, link_bytes_per_s=_SLOW)
@@ -259,6 +268,27 @@ def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, capturable
         "weights differ by": float(torch.stack(differ).max()),
         **_describe_store(model, optimizer),
     }
+
+
+def _run_leaking(device: SimDevice) -> str:
+    """What a step is told whose backward takes a megabyte more than planned."""
+    device.configure(granularity=_BLOCK)
+    model = chunkft_compile.compile(_model().to("sim"), 10**7, solve_seconds=1.0)
+    optimizer, batch = torch.optim.AdamW(model.parameters()), models.token_batch()
+    model.plan(**_on_device(batch))
+    _step(model, optimizer, batch)
+    execute = Run._execute
+
+    def leak(run: Run, instruction: Instruction) -> None:
+        execute(run, instruction)
+        if (instruction.op, instruction.segment) == (Op.BACKWARD, 1):
+            torch.empty(10**6, dtype=torch.uint8, device="sim")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_execute", leak)
+        with pytest.raises(chunkft_compile.MemoryPromiseError) as caught:
+            _step(model, optimizer, batch)
+    return str(caught.value)
 
 
 def _slice(chunk: Any) -> Slice:

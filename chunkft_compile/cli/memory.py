@@ -10,7 +10,9 @@ from typing import Self
 import torch
 from torch import nn
 
+from chunkft_compile.runtime.allocators import Allocator, install
 from chunkft_compile.runtime.meter import PeakMeter
+from chunkft_compile.runtime.native import BuildError
 
 _STATM = Path("/proc/self/statm")
 
@@ -43,11 +45,36 @@ def live_nbytes(device: torch.device, *, weights: Iterable[torch.Tensor] = (), i
     return sum(found.values())
 
 
+class _HookMeter:
+    """As `PeakMeter`, exactly."""
+
+    peak_nbytes: int
+
+    def __init__(self, hook: Allocator) -> None:
+        self._hook = hook
+
+    def __enter__(self) -> Self:
+        self._hook.reset()
+        self._entry_nbytes = self._hook.live()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.peak_nbytes = self._hook.peak() - self._entry_nbytes
+
+
+def _cpu_meter() -> _HookMeter | PeakMeter:
+    try:
+        return _HookMeter(install())
+    except BuildError:
+        return PeakMeter("cpu")
+
+
 class PeakWatch:
     """Context manager around a training loop that calls `count_step()`: the most device memory any step used, None until known.
 
-    An accelerator counts by itself, in every step. The CPU does not: there `measured_steps` steps run under torch's profiler,
-    from the second one on, because in the first the engine itself measures the optimizer, and measurements cannot overlap.
+    An accelerator counts by itself, in every step. On the CPU `measured_steps` steps are measured, from the second one on: by the
+    allocator hook, or where that cannot be built under torch's profiler. That does not see the end of older blocks, so what it finds
+    is an upper bound; and in the first step the engine itself measures the optimizer, and measurements cannot overlap.
     Tensors in `ignore` (the data set) are not what a budget covers.
     """
 
@@ -77,7 +104,8 @@ class PeakWatch:
         elif self._measured_steps and self._steps == 1:
             # One session over all steps: the profiler does not report the end of a block that an earlier session saw allocated.
             self._before_nbytes = live_nbytes(self._device, weights=self._weights, ignore=self._ignore)
-            self._meter = self._session.enter_context(PeakMeter(self._device))
+            self._meter = _cpu_meter()
+            self._session.enter_context(self._meter)
         elif self._measured_steps and self._steps == 1 + self._measured_steps:
             self._session.close()
             self.peak_nbytes = self._before_nbytes + self._meter.peak_nbytes

@@ -6,6 +6,7 @@ import mmap
 import torch
 
 from chunkft_compile.cli.memory import PeakWatch, live_nbytes, rss_nbytes
+from tests.support.allocator import allocator_or_skip
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -40,6 +41,19 @@ def test_the_peak_of_the_measured_steps_includes_what_was_there_before() -> None
             watch.count_step()
     # third step: 1 MiB kept from each of the first two, 2 MiB for a moment; the first and the last are not measured
     assert watch.peak_nbytes == base + 4 * MIB
+
+
+def test_a_block_that_ends_makes_room() -> None:
+    allocator_or_skip()
+    older = torch.empty(8 * MIB, dtype=torch.uint8)
+    gc.collect()
+    base = live_nbytes(CPU)
+    with PeakWatch(CPU, measured_steps=1) as watch:
+        watch.count_step()
+        del older
+        torch.empty(2 * MIB, dtype=torch.uint8)
+        watch.count_step()
+    assert watch.peak_nbytes == base
 
 
 def test_nothing_is_measured_unless_asked() -> None:

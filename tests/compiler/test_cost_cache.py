@@ -15,8 +15,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkft_compile import cost_cache, costs
-from chunkft_compile.cost_cache import CostCache, cache_directory, fingerprint, key_of
+from chunkft_compile.cost_cache import CostCache, fingerprint, key_of
 from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.runtime.environment import cache_directory
 from chunkft_compile.runtime.meter import CallCost, measure_calls
 
 CPU = torch.device("cpu")

@@ -51,7 +51,7 @@ def test_adamw_on_a_card_steps_all_at_once_and_counts_on_the_host() -> None:
     assert card.of_layout[layout].state_nbytes == 2 * 2 * 2**20
     assert card.of_layout[layout].counter_nbytes == 0
     assert 2 * 2**20 <= card.of_layout[layout].transient_nbytes <= 2 * 2**20 + 8192
-    assert card.overlap > 1.75
+    assert min(card.overlap) > 0.75
     fused = model_optimizer("adamw-fused", [layout], find_device("rtx4090"))
     assert fused.of_layout[layout].transient_nbytes <= 9 * 512  # scalars
     assert fused.of_layout[layout].counter_nbytes == 512

@@ -79,6 +79,15 @@ def test_chunks_stepped_together_stay_below_the_prediction(name: str) -> None:
         assert transient <= cost.transient_nbytes(group)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw amsgrad"])
+def test_large_chunks_stepped_together_do_too(name: str) -> None:
+    make = OPTIMIZERS[name]
+    large: list[Layout] = [((512, 256), torch.float32)]
+    cost = measure_optimizer(make([nn.Parameter(torch.zeros(3))]), large, CPU)
+    _, transient = _measured(make, large * 3)
+    assert transient <= cost.transient_nbytes(large * 3) <= 1.01 * transient
+
+
 def test_state_of_adamw_is_two_copies_and_a_counter() -> None:
     cost = measure_optimizer(None, LAYOUTS, CPU).of_layout[LAYOUTS[0]]
     assert (cost.state_nbytes, cost.counter_nbytes) == (2 * 96 * 40 * 4, 4)

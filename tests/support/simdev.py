@@ -6,13 +6,10 @@ accelerator of the process for good, so tests that use it run in a process of th
 
 import ctypes
 import functools
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -21,12 +18,10 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
+from chunkft_compile.runtime import native
+from chunkft_compile.runtime.environment import user_cache
+
 _SOURCES = [Path(__file__).with_suffix(".h"), Path(__file__).with_suffix(".cpp")]
-_TORCH = Path(torch.__file__).parent
-
-
-class CompilerMissingError(RuntimeError):
-    """There is no g++ to build the device with."""
 
 
 class SimDevice:
@@ -49,7 +44,7 @@ class SimDevice:
 @functools.cache
 def register() -> SimDevice:
     """Build the device if needed and register it as `sim` for the rest of the process."""
-    library = ctypes.CDLL(str(build()))
+    library = load()
     library.sim_register()
     backend_registration.rename_privateuse1_backend("sim")
     torch._register_device_module("sim", _device_module())  # type: ignore[no-untyped-call]
@@ -63,8 +58,8 @@ def run_beside(module: str) -> dict[str, Any]:
     Skips the running test if the device cannot be built here.
     """
     try:
-        build()
-    except CompilerMissingError as error:
+        load()
+    except native.BuildError as error:
         pytest.skip(str(error))
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -96,26 +91,6 @@ def _device_module() -> types.ModuleType:
     return module  # type: ignore[no-any-return]
 
 
-def build() -> Path:
-    """The compiled device. Its name carries all that it depends on, so a file that exists is up to date."""
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    sources = [source.read_bytes() for source in _SOURCES]
-    key = hashlib.sha256(repr((sources, torch.__version__, str(_TORCH), flags)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkft_compile"
-    target = cache / f"simdev-{key}.so"
-    if target.exists():
-        return target
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise CompilerMissingError("the simulated device needs g++, which is not on the PATH")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        built = Path(scratch) / target.name
-        paths = [f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}"]
-        command = [compiler, *flags, str(_SOURCES[1]), *paths, "-lc10", "-ltorch_cpu", "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"g++ could not build {_SOURCES[1]}:\n{done.stderr}")
-        # Several test processes may build at once: a rename is atomic, the last one wins with the same bytes.
-        built.replace(target)
-    return target
+def load() -> ctypes.CDLL:
+    """The device, built if needed. It is kept even where tests keep no cache: building takes a quarter of a minute. Raises `BuildError`."""
+    return native.load(_SOURCES, libraries=["c10", "torch_cpu"], directory=user_cache())
