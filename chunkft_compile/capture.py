@@ -117,7 +117,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
     config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False)
-    with torch.enable_grad(), _side_effects_told(model), config:
+    # Private (2.13.0): the backward is that of a loop that calls it outside of its autocast, as loops should.
+    backward_config = torch._functorch.config.patch(backward_pass_autocast="off")
+    with torch.enable_grad(), _side_effects_told(model), config, backward_config:
         try:
             traced = dynamo_graph_capture_for_export(template)(*tensors)
             with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.assembly import Assembled
+from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
@@ -18,6 +19,7 @@ from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, 
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
+from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.session import Options, Session
 from chunkft_compile.solving import Solving, kept, read_plan, write_plan
 
@@ -42,6 +44,7 @@ def compile(
     accumulation: bool = False,
     update: Literal["held", "auto", "immediate"] = "held",
     outputs: Literal["loss", "all"] = "loss",
+    precision: Literal["plain", "master", "stochastic"] | None = None,
     store: str | Path | None = None,
     prefer: Prefer = "time",
     max_steps: int | None = None,
@@ -75,6 +78,7 @@ def compile(
     """
     device = _device_of(model)
     plan = read_plan(schedule) if schedule is not None else None
+    chosen = _precision(model, precision, plan)
     if plan is not None:
         accumulation, update = accumulation or plan.fingerprint.accumulating, _update_of(plan)
     if outputs not in ("loss", "all"):
@@ -93,7 +97,17 @@ def compile(
     directory = Path(store) if store is not None else None
     solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state))
     budget_nbytes = _budget(budget, plan, device)
-    return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan))
+    return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen))
+
+
+def _precision(model: nn.Module, given: str | None, plan: Plan | None) -> Precision:
+    """The one given, that of the plan, or plain."""
+    name = given or (plan.fingerprint.precision if plan is not None else Precision.PLAIN)
+    if name not in tuple(Precision):
+        raise ValueError(f"precision is {', '.join(Precision)}, not {name!r}")
+    precision = Precision(name)
+    precision.check([parameter.dtype for parameter in model.parameters() if parameter.requires_grad])
+    return precision
 
 
 def _places(names: Sequence[str] | None) -> tuple[Placement, ...] | None:
@@ -137,6 +151,7 @@ class ChunkedModule(nn.Module):
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter (requires_grad is False everywhere): nothing to compile")
         device = _device_of(model)
+        self._device = device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._session = Session(model, device, options, self._anchor)
         self._pending: weakref.ref[Run] | None = None
@@ -179,6 +194,14 @@ class ChunkedModule(nn.Module):
         """Bytes of optimizer state and saved values in the store."""
         return self._session.store.nbytes
 
+    @property
+    def rounding_generator(self) -> torch.Generator | None:
+        """What draws the bits of stochastic rounding: keep its `get_state()` in a checkpoint, `set_state()` when resuming.
+
+        None unless precision is "stochastic".
+        """
+        return self._session.rounding.generator
+
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
 
@@ -191,12 +214,16 @@ class ChunkedModule(nn.Module):
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
         """Capture and solve for a batch of this shape without training. Same arguments as a training call."""
-        self._session.plan(self._session.compiled_for(args, self._training_kwargs(kwargs)))
+        autocast = Autocast.ambient(self._device)
+        with autocast.off():
+            self._session.plan(self._session.compiled_for(args, self._training_kwargs(kwargs), autocast))
         return self._session.planned.schedule
 
     def plain_peak_nbytes(self, *args: Any, **kwargs: Any) -> int:
         """Computed peak of plain training with the same optimizer on a batch of this shape: everything dense and on the device."""
-        return self._session.compiled_for(args, self._training_kwargs(kwargs)).plain_peak_nbytes()
+        autocast = Autocast.ambient(self._device)
+        with autocast.off():
+            return self._session.compiled_for(args, self._training_kwargs(kwargs), autocast).plain_peak_nbytes()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
@@ -204,9 +231,13 @@ class ChunkedModule(nn.Module):
             return self.module(*args, **kwargs)
         self._refuse_overlap()
         self._refuse_frozen()
+        autocast = Autocast.ambient(self._device)
+        with autocast.off():
+            return self._train(args, self._training_kwargs(kwargs), autocast)
+
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Autocast) -> Any:
         session = self._session
-        kwargs = self._training_kwargs(kwargs)
-        compiled = session.compiled_for(args, kwargs)
+        compiled = session.compiled_for(args, kwargs, autocast)
         step = session.begin(compiled)
         assembled = session.program(compiled, step)
         batch = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -330,7 +361,7 @@ class _Step(torch.autograd.Function):
         ctx: Any, anchor: torch.Tensor, run: Run, forward: Callable[[], list[torch.Tensor]], arrivals: list[int | None]
     ) -> tuple[torch.Tensor, ...]:
         outputs = forward()
-        ctx.run, ctx.arrivals = run, arrivals
+        ctx.run, ctx.arrivals, ctx.device = run, arrivals, anchor.device
         ctx.like = [(output.shape, output.dtype, output.device) for output in outputs]
         ctx.mark_non_differentiable(*[output for output, value in zip(outputs, arrivals, strict=True) if value is None])
         ctx.set_materialize_grads(False)
@@ -344,7 +375,8 @@ class _Step(torch.autograd.Function):
         for value, gradient, (shape, dtype, device) in zip(ctx.arrivals, gradients, ctx.like, strict=True):
             if value is not None:
                 tangents[value] = gradient if gradient is not None else torch.zeros(shape, dtype=dtype, device=device)
-        ctx.run.backward(tangents)
+        with Autocast.ambient(ctx.device).off():
+            ctx.run.backward(tangents)
         return None, None, None, None
 
 

@@ -4,7 +4,7 @@ import gc
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,17 @@ class StepCost:
     """One chunk in an optimizer step.
 
     `state_nbytes` can leave the device between steps, `counter_nbytes` (tensors of one element) stays; `transient_nbytes` is
-    allocated and freed inside the step, which takes `us` microseconds.
+    allocated and freed inside the step, which takes `us` microseconds. Around it there may be fp32 copies of the weights and
+    of the gradient, and what rounding takes when the latter is gone (see `precision`).
     """
 
     state_nbytes: int
     counter_nbytes: int
     transient_nbytes: int
     us: int
+    weight_copy_nbytes: int = 0
+    gradient_copy_nbytes: int = 0
+    rounding_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,13 @@ class OptimizerCost:
     overlap: float
 
     def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
-        """Bytes while stepping chunks of these layouts together, at most."""
-        transients = [self.of_layout[layout].transient_nbytes for layout in layouts]
+        """Bytes while stepping chunks of these layouts together, at most: copies are there for all of them, and rounded one by one."""
+        costs = [self.of_layout[layout] for layout in layouts]
+        transients = [cost.transient_nbytes for cost in costs]
         together = sum(transients) if self.overlap > 1.75 else round(max(transients) * self.overlap)
-        return min(together, sum(transients)) if len(transients) > 1 else transients[0]
+        step = min(together, sum(transients)) if len(transients) > 1 else transients[0]
+        weights, gradients = sum(cost.weight_copy_nbytes for cost in costs), sum(cost.gradient_copy_nbytes for cost in costs)
+        return weights + max(gradients + step, *(cost.rounding_nbytes for cost in costs))
 
     def us(self, layouts: Sequence[Layout]) -> int:
         """Microseconds of stepping chunks of these layouts: a chunk costs the same alone and among others."""
@@ -59,20 +66,11 @@ class OptimizerCost:
 
     def alone_nbytes(self, layout: Layout) -> int:
         """State and transient of one chunk stepped alone."""
-        return self.of_layout[layout].state_nbytes + self.of_layout[layout].transient_nbytes
+        return self.of_layout[layout].state_nbytes + self.transient_nbytes([layout])
 
     def at_least(self, other: "OptimizerCost") -> "OptimizerCost":
         """The larger of both, layout by layout: for chunks that are split between two optimizers."""
-        pairs = {layout: (cost, other.of_layout[layout]) for layout, cost in self.of_layout.items()}
-        larger = {
-            layout: StepCost(
-                max(a.state_nbytes, b.state_nbytes),
-                max(a.counter_nbytes, b.counter_nbytes),
-                max(a.transient_nbytes, b.transient_nbytes),
-                max(a.us, b.us),
-            )
-            for layout, (a, b) in pairs.items()
-        }
+        larger = {layout: StepCost(*map(max, astuple(cost), astuple(other.of_layout[layout]))) for layout, cost in self.of_layout.items()}
         return OptimizerCost(f"{self.name} + {other.name}", larger, max(self.overlap, other.overlap))
 
 

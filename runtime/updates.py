@@ -12,6 +12,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
+from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of
+from chunkft_compile.runtime.precision import Rounding, WideStep
 
 
 class Updater:
@@ -41,12 +43,14 @@ class Updater:
         program: Callable[[Optimizer], Sequence[Instruction]],
         resident: Callable[[], frozenset[int]],
         done: Callable[[frozenset[int]], None],
+        rounding: Rounding | None = None,
     ) -> None:
         self._chunks = chunks
         self._number = {id(chunk.leaf): number for number, chunk in enumerate(chunks)}
         self._mover = mover
         self._program, self._resident, self._done = program, resident, done
-        self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
+        self._rounding = rounding or Rounding()
+        self._pending: _Pending | None = None
         self._stepped: set[int] = set()  # of the pending step
         self._found: list[weakref.ref[Optimizer]] = []
         self._applier: Applier | None = None  # of the last backward that updated its step
@@ -100,7 +104,7 @@ class Updater:
         """For one backward that updates its step with `optimizers`. Sends away state that should not be on the device."""
         holders = {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
         self._evict(holders)
-        self._applier = Applier(self._chunks, holders, self._mover)
+        self._applier = Applier(self._chunks, holders, self._mover, self._rounding)
         return self._applier
 
     def refuse_unfinished(self) -> None:
@@ -126,18 +130,23 @@ class Updater:
         if not ready:
             return
         self._evict(dict.fromkeys(mine, optimizer))
-        instructions = _restricted(self._program(optimizer), ready)
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
+        if _overflowed(optimizer):
+            self._pending = _Pending(optimizer, (), gradients, skipped=True)
+            self._show(gradients, ())
+            return
+        instructions = _restricted(self._program(optimizer), ready)
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
-        self._pending = (optimizer, instructions[last + 1 :], gradients)
+        self._pending = _Pending(optimizer, instructions[last + 1 :], gradients)
         self._show(gradients, ())
         try:
             for instruction in instructions[:last]:
                 self._execute(instruction, optimizer, gradients)
+            self._show(gradients, instructions[last].chunks)
+            self._pending.last = self._rounding.begin(optimizer, [self._chunks[number] for number in instructions[last].chunks])
         except BaseException:
             self.recover()
             raise
-        self._show(gradients, instructions[last].chunks)
 
     def recover(self) -> None:
         """After an error inside a step, show the gradients of the chunks that were not stepped. Those that were have none.
@@ -151,9 +160,10 @@ class Updater:
             if applied:
                 self._done(applied)
         if self._pending is not None:
-            _, _, gradients = self._pending
-            self._pending = None
-            self._show(gradients, tuple(gradients))
+            pending, self._pending = self._pending, None
+            if pending.last is not None:
+                pending.last.abandon()
+            self._show(pending.gradients, tuple(pending.gradients))
             for number in self._stepped:
                 self._chunks[number].leaf.grad = None
             if self._stepped:
@@ -166,15 +176,17 @@ class Updater:
             done, self._acknowledged = self._acknowledged, frozenset()
             self._forget(done)
             self._done(done)
-        if self._pending is None or self._pending[0] is not optimizer:
+        if self._pending is None or self._pending.optimizer is not optimizer:
             return
-        _, rest, gradients = self._pending
-        self._pending = None
-        for instruction in rest:
-            self._execute(instruction, optimizer, gradients)
-        self._show(gradients, tuple(gradients))
+        pending, self._pending = self._pending, None
+        if pending.last is not None:
+            pending.last.finish()
+        for instruction in pending.rest:
+            self._execute(instruction, optimizer, pending.gradients)
+        self._show(pending.gradients, tuple(pending.gradients))
         self._stepped = set()
-        self._done(frozenset(gradients))
+        if not pending.skipped:
+            self._done(frozenset(pending.gradients))
 
     def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
         match instruction.op:
@@ -183,7 +195,7 @@ class Updater:
                     self._mover.fetch(optimizer, self._chunks[number].leaf)
             case Op.UPDATE:
                 self._show(gradients, instruction.chunks)
-                step_alone(optimizer, [self._chunks[number].leaf for number in instruction.chunks])
+                self._rounding.step(optimizer, [self._chunks[number] for number in instruction.chunks])
                 self._stepped.update(instruction.chunks)
                 self._show(gradients, ())
             case Op.EVICT:
@@ -222,6 +234,26 @@ class Updater:
     def _show(self, gradients: Mapping[int, torch.Tensor], shown: Sequence[int]) -> None:
         for number, gradient in gradients.items():
             self._chunks[number].leaf.grad = gradient if number in shown else None
+
+
+@dataclass
+class _Pending:
+    """A step of the user's that is under way: what comes after it, all gradients, and its last group where that has fp32 leaves."""
+
+    optimizer: Optimizer
+    rest: Sequence[Instruction]
+    gradients: Mapping[int, torch.Tensor]
+    last: WideStep | None = None
+    skipped: bool = False
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether `GradScaler` calls a step that must change nothing.
+
+    Other optimizers it does not call at all then. Fused ones it does, with this attribute, and they would count the step and take it back.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
 
 
 _updaters: "weakref.WeakSet[Updater]" = weakref.WeakSet()
