@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.errors import CaptureError
+from chunkft_compile.mixed_norms import correct_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
             case other:
                 raise CaptureError(f"the model gives an output of type {other} ({value}), which chunked training does not support")
     _refuse_unplannable(graph)
+    correct_statistics(graph, fake_mode)
     leaves = [outputs[i] for i in range(len(outputs))]
     whole, lost = joint.out_spec.child(0), joint.out_spec.child(1).num_leaves
     names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()
