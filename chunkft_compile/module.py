@@ -63,18 +63,21 @@ def compile(
     a new plan. `update` says when gradients are applied: "held" at `optimizer.step()`, so that they can be clipped and accumulated;
     "immediate" inside backward, each as soon as it is complete, which frees it at once (`optimizer.step()` is still called, after
     every backward); "auto" leaves it to the planner, step by step. `outputs="all"` keeps every output of the model through the
-    backward, not only the loss. `store` is a directory for the optimizer state of inactive chunks (on a CPU; the default is the
-    system's temporary directory). The planner looks for the fastest sweep, or with `prefer="fresh"` for the one with the
-    fewest steps, and for no more than `max_steps` if given; `solve_seconds` and `seed` go to the solver. `options` ("save", "cheap",
-    "inputs", "offload", "tiled") and `state` ("device", "host", "disk") force ingredients: segments have only these options,
-    optimizer state only these places.
+    backward, not only the loss. `precision` says what the optimizer computes in where weights are bf16 or fp16: "plain" (the default) in
+    their own dtype, which loses updates below half a unit in the last place; "master" in fp32 weights that are kept with its state;
+    "stochastic" in fp32 copies made for each update and rounded back at random (bf16 only). The leaves that `parameters()` yields are
+    then fp32, and NaN between updates; the weights are where they always are, in the model. `store` is a directory for the
+    optimizer state of inactive chunks (on a CPU; the default is the system's temporary directory). The planner looks for the fastest
+    sweep, or with `prefer="fresh"` for the one with the fewest steps, and for no more than `max_steps` if given; `solve_seconds` and
+    `seed` go to the solver, and `seed` to random rounding. `options` ("save", "cheap", "inputs", "offload", "tiled") and `state`
+    ("device", "host", "disk") force ingredients: segments have only these options, optimizer state only these places.
 
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
 
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
     is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
-    nothing to train, and for accumulation with immediate updates.
+    nothing to train, accumulation with immediate updates, and a precision that means nothing to the dtypes of its weights.
     """
     device = _device_of(model)
     plan = read_plan(schedule) if schedule is not None else None

@@ -175,7 +175,8 @@ class Session:
             found = self._updater.check_coverage()
             cost = self._measure(found, self.chunks)
             link = measure_link(self.device, self.options.directory)
-            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, link, self.options.updates, self.device.type, self.options.precision)
+            chosen = self.options
+            self._setting = Setting(chosen.budget_nbytes, self.chunks, cost, link, chosen.updates, self.device.type, chosen.precision)
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
 

@@ -45,7 +45,9 @@ class Precision(StrEnum):
         half = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if is_half(dtype)})
         if not half:
             found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
-            raise ValueError(f'precision="{self}" is for bfloat16 or float16 weights, these are {found}; load them so, or leave precision out')
+            raise ValueError(
+                f'precision="{self}" is for bfloat16 or float16 weights, these are {found}; load them so, or leave precision out'
+            )
         if self is Precision.STOCHASTIC and half != ["bfloat16"]:
             raise ValueError('precision="stochastic" rounds to bfloat16, and there are weights in float16; choose precision="master"')
 
@@ -166,4 +168,4 @@ def _pieces(rows: Tensor, wide: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, wide
         return
     length = piece_rows(rows.shape)
-    yield from zip(rows.split(length), wide.split(length), strict=True)
+    yield from zip(torch.split(rows, length), torch.split(wide, length), strict=True)

@@ -24,8 +24,8 @@ BY_NAME = {case.name: case for case in CASES}
 bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
 
 
-def _wide(**config: int) -> Case:
-    return Case("llama", partial(llama, hidden_size=32, intermediate_size=96, **config), partial(token_batch, rows=2, tokens=8))
+def _wide() -> Case:
+    return Case("llama", partial(llama, hidden_size=32, intermediate_size=96), partial(token_batch, rows=2, tokens=8))
 
 
 def _relative_error(model: ChunkedModule, plain: nn.Module) -> float:
