@@ -20,8 +20,8 @@ from chunkft_compile.runtime.precision import Precision, Rounding, gradient_dtyp
 
 # Bytes per element of a piece: random bits, the mask of finite values and what makes it; a rounded copy, the comparison, a wide copy.
 _ROUNDING_NBYTES = {Precision.STOCHASTIC: 7, Precision.MASTER: 5}
-# Tensors that these bytes are divided into: an accelerator rounds each up.
-_ROUNDING_TENSORS = 4
+_ROUNDING_TENSORS = 4  # that these bytes are divided into: an accelerator rounds each up
+_SCALARS_NBYTES = 64  # Python numbers become tensors of one element
 # Bytes per element that casts, comparison and rounding read and write, operator by operator.
 _TRAFFIC_NBYTES = {Precision.STOCHASTIC: 70, Precision.MASTER: 42}
 
@@ -95,7 +95,7 @@ def _with_copies(
         us=step.us + us_of(numel),
         weight_copy_nbytes=copy_nbytes - kept,
         gradient_copy_nbytes=0 if gradient_dtype(layout[1], precision) == torch.float32 else copy_nbytes,
-        rounding_nbytes=allocated(_ROUNDING_NBYTES[precision] * piece) + (_ROUNDING_TENSORS - 1) * (allocated(1) - 1),
+        rounding_nbytes=allocated(_ROUNDING_NBYTES[precision] * piece + _SCALARS_NBYTES) + (_ROUNDING_TENSORS - 1) * (allocated(1) - 1),
     )
 
 
