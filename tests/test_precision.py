@@ -109,9 +109,10 @@ def test_a_kept_schedule_brings_its_precision(tmp_path: Path) -> None:
     assert all("master" in state for state in optimizer.state.values())
     del first, optimizer
     other = chunkft_compile.compile(BF16.build(), schedule=tmp_path / "plan.json", precision="stochastic")
-    optimizer = make(other.parameters())
+    last = make(other.parameters())
     with pytest.raises(PlanMismatch, match="precision: the plan has master, here it is stochastic"):
         other.plan(BF16.batch(0)["x"])
+    del last
 
 
 def test_an_optimizer_that_comes_late_is_held_to_the_plan() -> None:
