@@ -118,9 +118,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
     config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False)
-    # Private (2.13.0): the backward is that of a loop that calls it outside of its autocast, as loops should.
-    backward_config = torch._functorch.config.patch(backward_pass_autocast="off")
-    with torch.enable_grad(), _side_effects_told(model), config, backward_config:
+    with torch.enable_grad(), _side_effects_told(model), config, _backward_without_autocast(model):
         try:
             traced = dynamo_graph_capture_for_export(template)(*tensors)
             with contextlib.ExitStack() as stack:
@@ -136,6 +134,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
     return found
+
+
+def _backward_without_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The backward is that of a loop that calls it outside of its autocast, as loops should. Not every device knows autocast."""
+    if not any(torch.is_autocast_enabled(kind) for kind in {parameter.device.type for parameter in model.parameters()}):
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(backward_pass_autocast="off")  # type: ignore[no-any-return]  # private (2.13.0)
 
 
 @contextlib.contextmanager
