@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk, is_half
 from chunkft_compile.runtime.optimizers import step_alone
 
-MASTER = "master"  # key in the optimizer's state of a chunk
+MASTER = "fp32_master"  # key in the optimizer's state of a chunk; no optimizer of torch has such a one
 _PIECE = 2**18  # elements rounded at a time: the temporaries of whole chunks would be a part of the peak
 _UPPER_HALF = -0x10000
 
@@ -83,7 +84,17 @@ class Rounding:
         wide.finish()
 
     def begin(self, optimizer: Optimizer, chunks: Sequence[Chunk]) -> "WideStep":
-        """Give the leaves of `chunks` and their gradients fp32 bytes, for a step that somebody else takes."""
+        """Give the leaves of `chunks` and their gradients fp32 bytes, for a step that somebody else takes.
+
+        Raises `TrainingError` for masters, of another training perhaps, where none are kept: their bytes are not in the plan.
+        """
+        for chunk in chunks:
+            kept = self.precision is Precision.MASTER and chunk.stand_in is not None
+            if not kept and MASTER in optimizer.state.get(chunk.leaf, {}):
+                raise TrainingError(
+                    f'the optimizer\'s state of {chunk.name} has an fp32 master, and precision="{self.precision}" keeps none for '
+                    f'{str(chunk.weight.dtype).removeprefix("torch.")} weights; compile(..., precision="master") goes on with it'
+                )
         wide = WideStep(self, optimizer, [chunk for chunk in chunks if chunk.stand_in is not None])
         try:
             wide.begin()
@@ -123,7 +134,7 @@ class WideStep:
 
     def _wide_weights(self, chunk: Chunk) -> Tensor:
         master: Tensor | None = self._optimizer.state.get(chunk.leaf, {}).get(MASTER)
-        if master is None or self._rounding.precision is not Precision.MASTER:
+        if master is None:
             return chunk.rows.float()
         _renew(master, chunk.rows)
         del self._optimizer.state[chunk.leaf][MASTER]

@@ -8,8 +8,9 @@ import torch
 from torch.optim import AdamW
 
 import chunkft_compile
-from chunkft_compile.errors import PlanMismatch
+from chunkft_compile.errors import PlanMismatch, TrainingError
 from chunkft_compile.module import ChunkedModule
+from chunkft_compile.runtime.precision import MASTER
 from tests.invariants.harness import compile_quickly
 from tests.models import Case, Mlp, compute_loss, vector_batch
 
@@ -62,7 +63,7 @@ def test_a_resumed_master_is_more_than_its_weight() -> None:
         _train(model, optimizer, range(8))
         if not keep:
             for state in optimizer.state.values():
-                state.pop("master")
+                state.pop(MASTER)
         _train(model, optimizer, range(8, 24))
         ends.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
     assert not torch.equal(*ends)
@@ -89,6 +90,20 @@ def test_loaded_weights_win_over_masters() -> None:
         torch.testing.assert_close(value, torch.full_like(value, 0.5), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("precision", ["plain", "stochastic"])
+def test_loaded_masters_are_refused_where_none_are_kept(precision: str) -> None:
+    model = compile_quickly(BF16.build(), PLENTY, precision="master")
+    optimizer = make(model.parameters())
+    _train(model, optimizer, range(1))
+    other = compile_quickly(BF16.build(), PLENTY, precision=precision)
+    loaded = make(other.parameters())
+    loaded.load_state_dict(optimizer.state_dict())
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(TrainingError, match=rf'enter\.weight\[0:8\] has an fp32 master, and precision="{precision}" keeps none'):
+        _train(other, loaded, range(1))
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
 @both
 def test_parameters_show_nothing_and_the_model_shows_its_weights(precision: str) -> None:
     model = compile_quickly(BF16.build(), PLENTY, precision=precision)
@@ -106,7 +121,7 @@ def test_a_kept_schedule_brings_its_precision(tmp_path: Path) -> None:
     model = chunkft_compile.compile(BF16.build(), schedule=tmp_path / "plan.json")
     optimizer = make(model.parameters())
     _train(model, optimizer, range(1))
-    assert all("master" in state for state in optimizer.state.values())
+    assert all(MASTER in state for state in optimizer.state.values())
     del first, optimizer
     other = chunkft_compile.compile(BF16.build(), schedule=tmp_path / "plan.json", precision="stochastic")
     last = make(other.parameters())
@@ -121,7 +136,7 @@ def test_an_optimizer_that_comes_late_is_held_to_the_plan() -> None:
     model.plan(BF16.batch(0)["x"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     _train(model, optimizer, range(2))
-    assert all(state.keys() == {"master"} for state in optimizer.state.values())
+    assert all(state.keys() == {MASTER} for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize(
