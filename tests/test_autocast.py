@@ -60,6 +60,35 @@ def test_gradients_are_those_of_plain_autocast_training(name: str, backward_insi
     optimizer.step()
 
 
+class _PartlyWide(nn.Module):
+    """Its second product is fp32 on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 64), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            result: torch.Tensor = self.second(hidden.float())
+        return result
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_what_the_model_keeps_in_fp32_is_run_in_fp32(backward_inside: bool) -> None:
+    case = Case("partly wide", _PartlyWide, BY_NAME["normed"].batch)
+    model, plain = compile_quickly(case.build(), PLENTY), case.build()
+    with bf16():
+        loss, expected = compute_loss(model, case.batch(0)), compute_loss(plain, case.batch(0))
+        if backward_inside:
+            torch.autograd.backward(loss)
+    assert loss.item() == expected.item()
+    torch.autograd.backward(expected)
+    if not backward_inside:
+        torch.autograd.backward(loss)
+    assert _relative_error(model, plain) == 0
+
+
 @pytest.mark.slow
 def test_sums_of_several_uses_are_rounded_in_another_order() -> None:
     """Three products read the normed value of a Llama block; their bf16 gradients are not added in eager's order."""

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,35 @@ def test_loaded_masters_are_refused_where_none_are_kept(precision: str) -> None:
     with pytest.raises(TrainingError, match=rf'enter\.weight\[0:8\] has an fp32 master, and precision="{precision}" keeps none'):
         _train(other, loaded, range(1))
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+class _Failing(AdamW):
+    """Breaks at the end of a step when told so."""
+
+    broken = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        if self.broken:
+            raise RuntimeError("broken")
+
+
+@both
+def test_an_error_in_the_users_step_leaves_the_weights(precision: str) -> None:
+    model = compile_quickly(BF16.build(), PLENTY, precision=precision)
+    optimizer = _Failing(model.parameters(), lr=1e-1)
+    _train(model, optimizer, range(1))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer.broken = True
+    with pytest.raises(RuntimeError, match="broken"):
+        _train(model, optimizer, range(1, 2))
+    optimizer.broken = False
+    optimizer.zero_grad()
+    torch.autograd.backward(compute_loss(model, BF16.batch(2)))
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    optimizer.step()
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @both
