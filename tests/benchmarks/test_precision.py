@@ -15,7 +15,7 @@ GOOD = Outcome([9.0] * 80 + [2.0] * LAST, 1, 1000, 1000)
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # four processes that import, capture and measure
 def test_masters_and_stochastic_rounding_follow_fp32_and_plain_bf16_does_not() -> None:
-    setup = Setup(Path(pydoc_data.topics.__file__), 60, 1e-4, 60_000_000, "held")
+    setup = Setup(Path(pydoc_data.topics.__file__), 100, 1e-4, 60_000_000, "held")
     found = {contestant.name: run_alone(train, contestant, setup) for contestant in CONTESTANTS}
     assert failures(found) == [], table(found)
     fp32, *_, plain = found.values()
