@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.errors import CaptureError
+from chunkft_compile.mixed_norms import correct_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
     config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False)
-    with torch.enable_grad(), _side_effects_told(model), config:
+    with torch.enable_grad(), _side_effects_told(model), config, _backward_without_autocast(model):
         try:
             traced = dynamo_graph_capture_for_export(template)(*tensors)
             with contextlib.ExitStack() as stack:
@@ -133,6 +134,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
     return found
+
+
+def _backward_without_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The backward is that of a loop that calls it outside of its autocast, as loops should. Not every device knows autocast."""
+    if not any(torch.is_autocast_enabled(kind) for kind in {parameter.device.type for parameter in model.parameters()}):
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(backward_pass_autocast="off")  # type: ignore[no-any-return]  # private (2.13.0)
 
 
 @contextlib.contextmanager
@@ -215,6 +223,7 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
             case other:
                 raise CaptureError(f"the model gives an output of type {other} ({value}), which chunked training does not support")
     _refuse_unplannable(graph)
+    correct_statistics(graph, fake_mode)
     leaves = [outputs[i] for i in range(len(outputs))]
     whole, lost = joint.out_spec.child(0), joint.out_spec.child(1).num_leaves
     names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()

@@ -86,6 +86,7 @@ def save_checkpoint(
             "values": plain,
             "standing": standing_to_plain(standing),
             "rng": rng_states(session.device),
+            "rounding": None if session.rounding.generator is None else session.rounding.generator.get_state(),
             "scheduler": _state_of(scheduler),
             "scaler": _state_of(scaler),
             "extra_states": extra_states(session.model),
@@ -168,6 +169,8 @@ def load_checkpoint(
         if taker is not None:
             taker.load_state_dict(saved[1])
     set_rng_states(loop["rng"], session.device)
+    if session.rounding.generator is not None and loop["rounding"] is not None:
+        session.rounding.generator.set_state(loop["rounding"])
     _warn_of_uneven(placing.uneven)
     return loop["extra"]
 

@@ -21,6 +21,7 @@ from chunkft_compile.planner.program import Timeline, simulate
 from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, rows_nbytes, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
+from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.segments import Segment, cut
 from chunkft_compile.streaming import Streams
 from chunkft_compile.updating import lowest_readers
@@ -37,6 +38,7 @@ class Setting:
     links: tuple[Link, ...]
     updates: tuple[When, ...] = (When.HELD,)
     device: str = "cpu"
+    precision: Precision = Precision.PLAIN
 
     def state_nbytes(self, number: int) -> int:
         """Optimizer state of a chunk that can leave the device."""
@@ -110,7 +112,7 @@ class Compiled:
                     sized.first,
                     sized.grad_nbytes,
                     cost.state_nbytes,
-                    cost.state_nbytes + cost.transient_nbytes,
+                    setting.optimizer.alone_nbytes(_layout(chunk)),
                     sized.grad_us,
                     cost.us,
                     chunk.nbytes if sized.moving else 0,
@@ -165,7 +167,7 @@ class Compiled:
         setting = self.setting
         layouts = layouts_of(setting.chunks)
         state = sum(setting.state_nbytes(i) for i in range(len(layouts)))
-        gradients = sum(chunk.nbytes for chunk in setting.chunks)
+        gradients = sum(sum(storages(node.meta["val"]).values()) for node in set(self.capture.gradients.values()))
         backward = Footprint(graph).transient_nbytes(frozenset(), self._costs.temporary_nbytes)
         return self.base_nbytes + state + max(backward, gradients + setting.optimizer.transient_nbytes(layouts))
 
@@ -282,7 +284,7 @@ def model_nbytes(model: nn.Module) -> int:
 
 
 def _layout(chunk: Chunk) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(chunk.leaf.shape), chunk.leaf.dtype
+    return tuple(chunk.leaf.shape), chunk.weight.dtype
 
 
 def _outputs_nbytes(capture: Capture) -> int:
@@ -294,5 +296,5 @@ def _outputs_nbytes(capture: Capture) -> int:
 
 
 def layouts_of(chunks: Sequence[Chunk]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each chunk."""
+    """Shape and dtype of the weights of each chunk."""
     return [_layout(chunk) for chunk in chunks]

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.assembly import Assembled
+from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
@@ -18,6 +19,7 @@ from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, 
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
+from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.runtime.store import Traffic
 from chunkft_compile.session import Options, Session
 from chunkft_compile.solving import Solving, kept, read_plan, write_plan
@@ -43,6 +45,7 @@ def compile(
     accumulation: bool = False,
     update: Literal["held", "auto", "immediate"] = "held",
     outputs: Literal["loss", "all"] = "loss",
+    precision: Literal["plain", "master", "stochastic"] | None = None,
     store: str | Path | None = None,
     prefer: Prefer = "time",
     max_steps: int | None = None,
@@ -62,22 +65,27 @@ def compile(
     a new plan. `update` says when gradients are applied: "held" at `optimizer.step()`, so that they can be clipped and accumulated;
     "immediate" inside backward, each as soon as it is complete, which frees it at once (`optimizer.step()` is still called, after
     every backward); "auto" leaves it to the planner, step by step. `outputs="all"` keeps every output of the model through the
-    backward, not only the loss. `store` is a directory for the optimizer state of inactive chunks (on a CPU; the default is the
-    system's temporary directory). The planner looks for the fastest sweep, or with `prefer="fresh"` for the one with the
-    fewest steps, and for no more than `max_steps` if given; `solve_seconds` and `seed` go to the solver. `options` ("save", "cheap",
-    "inputs", "offload", "tiled"), `state` and `weights` ("device", "host", "disk") force ingredients: segments have only these options,
-    optimizer state and weights only these places. Weights stay on the device as long as that fits; where it does not, those of some
-    segments live in the store and come for the calls that read them.
+    backward, not only the loss. `precision` says what the optimizer computes in where weights are bf16 or fp16: "plain" (the default) in
+    their own dtype, which loses updates below half a unit in the last place; "master" in fp32 weights that are kept with its state;
+    "stochastic" in fp32 copies made for each update and rounded back at random (bf16 only). The leaves that `parameters()` yields are
+    then fp32, and NaN between updates; the weights are where they always are, in the model. `store` is a directory for the
+    optimizer state of inactive chunks (on a CPU; the default is the system's temporary directory). The planner looks for the fastest
+    sweep, or with `prefer="fresh"` for the one with the fewest steps, and for no more than `max_steps` if given; `solve_seconds` and
+    `seed` go to the solver, and `seed` to random rounding.
+    `options` ("save", "cheap", "inputs", "offload", "tiled"), `state` and `weights` ("device", "host", "disk") force ingredients: segments
+    have only these options, optimizer state and weights only these places. Weights stay on the device as long as that fits; where it
+    does not, those of some segments live in the store and come for the calls that read them.
 
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
 
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
     is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
-    nothing to train, and for accumulation with immediate updates.
+    nothing to train, accumulation with immediate updates, and a precision that means nothing to the dtypes of its weights.
     """
     device = _device_of(model)
     plan = read_plan(schedule) if schedule is not None else None
+    chosen = _precision(model, precision, plan)
     if plan is not None:
         accumulation, update = accumulation or plan.fingerprint.accumulating, _update_of(plan)
     if outputs not in ("loss", "all"):
@@ -96,7 +104,17 @@ def compile(
     directory = Path(store) if store is not None else None
     solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state), _places(weights))
     budget_nbytes = _budget(budget, plan, device)
-    return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan))
+    return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen))
+
+
+def _precision(model: nn.Module, given: str | None, plan: Plan | None) -> Precision:
+    """The one given, that of the plan, or plain."""
+    name = given or (plan.fingerprint.precision if plan is not None else Precision.PLAIN)
+    if name not in tuple(Precision):
+        raise ValueError(f"precision is {', '.join(Precision)}, not {name!r}")
+    precision = Precision(name)
+    precision.check([parameter.dtype for parameter in model.parameters() if parameter.requires_grad])
+    return precision
 
 
 def _places(names: Sequence[str] | None) -> tuple[Placement, ...] | None:
@@ -140,6 +158,7 @@ class ChunkedModule(nn.Module):
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter (requires_grad is False everywhere): nothing to compile")
         device = _device_of(model)
+        self._device = device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._session = Session(model, device, options, self._anchor)
         self._pending: weakref.ref[Run] | None = None
@@ -192,6 +211,14 @@ class ChunkedModule(nn.Module):
         run = self._pending() if self._pending else None
         return run is not None and not run.finished
 
+    @property
+    def rounding_generator(self) -> torch.Generator | None:
+        """What draws the bits of stochastic rounding: keep its `get_state()` in a checkpoint, `set_state()` when resuming.
+
+        None unless precision is "stochastic".
+        """
+        return self._session.rounding.generator
+
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
 
@@ -205,12 +232,16 @@ class ChunkedModule(nn.Module):
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
         """Capture and solve for a batch of this shape without training. Same arguments as a training call."""
-        self._session.plan(self._session.compiled_for(args, self._training_kwargs(kwargs)))
+        autocast = Autocast.ambient(self._device)
+        with autocast.off():
+            self._session.plan(self._session.compiled_for(args, self._training_kwargs(kwargs), autocast))
         return self._session.planned.schedule
 
     def plain_peak_nbytes(self, *args: Any, **kwargs: Any) -> int:
         """Computed peak of plain training with the same optimizer on a batch of this shape: everything dense and on the device."""
-        return self._session.compiled_for(args, self._training_kwargs(kwargs)).plain_peak_nbytes()
+        autocast = Autocast.ambient(self._device)
+        with autocast.off():
+            return self._session.compiled_for(args, self._training_kwargs(kwargs), autocast).plain_peak_nbytes()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
@@ -218,9 +249,13 @@ class ChunkedModule(nn.Module):
             return self.module(*args, **kwargs)
         self._refuse_overlap()
         self._refuse_frozen()
+        autocast = Autocast.ambient(self._device)
+        with autocast.off():
+            return self._train(args, self._training_kwargs(kwargs), autocast)
+
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Autocast) -> Any:
         session = self._session
-        kwargs = self._training_kwargs(kwargs)
-        compiled = session.compiled_for(args, kwargs)
+        compiled = session.compiled_for(args, kwargs, autocast)
         step = session.begin(compiled)
         assembled = session.program(compiled, step)
         batch = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -345,7 +380,7 @@ class _Step(torch.autograd.Function):
         ctx: Any, anchor: torch.Tensor, run: Run, forward: Callable[[], list[torch.Tensor]], arrivals: list[int | None]
     ) -> tuple[torch.Tensor, ...]:
         outputs = forward()
-        ctx.run, ctx.arrivals = run, arrivals
+        ctx.run, ctx.arrivals, ctx.device = run, arrivals, anchor.device
         ctx.like = [(output.shape, output.dtype, output.device) for output in outputs]
         ctx.mark_non_differentiable(*[output for output, value in zip(outputs, arrivals, strict=True) if value is None])
         ctx.set_materialize_grads(False)
@@ -359,7 +394,8 @@ class _Step(torch.autograd.Function):
         for value, gradient, (shape, dtype, device) in zip(ctx.arrivals, gradients, ctx.like, strict=True):
             if value is not None:
                 tangents[value] = gradient if gradient is not None else torch.zeros(shape, dtype=dtype, device=device)
-        ctx.run.backward(tangents)
+        with Autocast.ambient(ctx.device).off():
+            ctx.run.backward(tangents)
         return None, None, None, None
 
 

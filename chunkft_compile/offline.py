@@ -26,9 +26,11 @@ from chunkft_compile.planner.grounds import room_on
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.roofline import RooflineCosts
 from chunkft_compile.runtime.chunks import chunk_limit_nbytes, split_parameters, storage_nbytes, with_blocks
-from chunkft_compile.runtime.modelled_optimizers import model_optimizer
+from chunkft_compile.runtime.precision import Precision
+from chunkft_compile.runtime.precision_costs import model_update
 from chunkft_compile.segments import cut
 from chunkft_compile.solving import describe_inputs, dtypes_of, graph_hash
+from chunkft_compile.widening import widen_gradients
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,25 @@ def build_fake(config: Any, dtype: torch.dtype, *, block_nbytes: int = 1) -> tup
 class OfflineModel:
     """One config captured for one shape; problems for any budget, optimizer and choices come from it.
 
-    A stack of equal blocks is captured with three of them (`deepening.py`); `whole` captures all.
+    A stack of equal blocks is captured with three of them (`deepening.py`); `whole` captures all. `precision` is what the optimizer
+    computes in; raises `ValueError` for one that means nothing to weights of `dtype`.
     """
 
     def __init__(
-        self, config: Any, shape: Shape, dtype: torch.dtype, device: Device, *, costs: Costs | None = None, whole: bool = False
+        self,
+        config: Any,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: Device,
+        *,
+        costs: Costs | None = None,
+        whole: bool = False,
+        precision: Precision = Precision.PLAIN,
     ) -> None:
         _check_length(config, shape)
+        precision.check([dtype])
         self.device = device
+        self.precision = precision
         self.costs = costs if costs is not None else RooflineCosts(device)
         self.layers = int(getattr(config, "num_hidden_layers", 0))
         self.model, _ = build_fake(config, dtype, block_nbytes=device.block_nbytes)
@@ -161,6 +174,7 @@ class OfflineModel:
             optimizer=optimizer,
             accumulating=problem.accumulating,
             torch=str(torch.__version__),
+            precision=str(self.precision),
         )
         return Plan(made_for, problem, schedule, lowered=False)
 
@@ -170,7 +184,7 @@ class OfflineModel:
         self._traced, mode = build_fake(config, dtype, block_nbytes=self.device.block_nbytes)
         with mode:
             self._ids = torch.zeros(shape.batch, shape.seq, dtype=torch.int64)
-        self._capture: Capture = capture(self._traced, (), {"input_ids": self._ids, "labels": self._ids})
+        self._capture: Capture = widen_gradients(capture(self._traced, (), {"input_ids": self._ids, "labels": self._ids}), self.precision)
         with_blocks(self._capture.fake_mode, self.device.block_nbytes)
 
     def _problem(self, limit_nbytes: int, optimizer: str, *, accumulating: bool) -> Problem:
@@ -178,18 +192,23 @@ class OfflineModel:
         setting = self._setting(self._traced, limit_nbytes, optimizer)
         # a training step also has a scalar that ties it to autograd
         fixed = fixed_nbytes(model_nbytes(self._traced), self._capture, [self._ids]) + self.device.allocated_nbytes(4)
+        fixed += self._stand_ins_nbytes(setting)
         return Compiled(self._capture, fixed, self.costs, setting).problem(accumulating=accumulating)
 
     def _setting(self, model: nn.Module, limit_nbytes: int, optimizer: str) -> Setting:
-        chunks = split_parameters(model, limit_nbytes)
-        cost = model_optimizer(optimizer, layouts_of(chunks), self.device)
-        return Setting(self.device.memory_nbytes, chunks, cost, self.device.links)
+        chunks = split_parameters(model, limit_nbytes, wide=self.precision is not Precision.PLAIN)
+        cost = model_update(optimizer, layouts_of(chunks), self.device, self.precision)
+        return Setting(self.device.memory_nbytes, chunks, cost, self.device.links, precision=self.precision)
+
+    def _stand_ins_nbytes(self, setting: Setting) -> int:
+        return self.device.allocated_nbytes(4) * sum(chunk.stand_in is not None for chunk in setting.chunks)
 
     def _deepened(self, problem: Problem, limit_nbytes: int, optimizer: str) -> Problem:
         """The question for the whole model: what the shallow one holds throughout a step, less its weights, plus all weights."""
         deep, shallow = (self._setting(model, limit_nbytes, optimizer) for model in (self.model, self._traced))
         weights = [storage_nbytes([*model.parameters(), *model.buffers()]) for model in (self.model, self._traced)]
         more = weights[0] - weights[1] + deep.counter_nbytes - shallow.counter_nbytes
+        more += self._stand_ins_nbytes(deep) - self._stand_ins_nbytes(shallow)
         return deepen(problem, [chunk.name for chunk in deep.chunks], self.layers, problem.static_nbytes + more)
 
 

@@ -45,6 +45,7 @@ def choices(options: "Options") -> Choices:
         "accumulation": options.accumulation,
         "update": [str(update) for update in options.updates],
         "outputs": "loss" if options.loss_only else "all",
+        "precision": str(options.precision),
         "prefer": solving.prefer,
         "max_steps": solving.max_steps,
         "options": list(solving.options) if solving.options else None,

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.assembly import Assembled
+from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import format_nbytes
 from chunkft_compile.capture import capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
@@ -29,12 +30,15 @@ from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Stepper
 from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import OptimizerCost, measure_optimizer
+from chunkft_compile.runtime.optimizers import OptimizerCost
+from chunkft_compile.runtime.precision import Precision, Rounding
+from chunkft_compile.runtime.precision_costs import measure_update
 from chunkft_compile.runtime.stores import Stores, measure_link
 from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
 from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, kept, solve
+from chunkft_compile.widening import widen_gradients
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -52,6 +56,7 @@ class Options:
     solving: Solving
     updates: tuple[Update, ...] = (Update.HELD,)
     plan: Plan | None = None
+    precision: Precision = Precision.PLAIN
 
 
 class Session:
@@ -59,9 +64,10 @@ class Session:
 
     def __init__(self, model: nn.Module, device: torch.device, options: Options, anchor: torch.Tensor) -> None:
         self.model = model
-        self.chunks = split_for_budget(model, options.budget_nbytes)
-        self.device = device
         self.options = options
+        self.rounding = Rounding(options.precision, device, options.solving.seed)
+        self.chunks = self._split(options.budget_nbytes)
+        self.device = device
         self.accumulating = options.accumulation
         self.sweep: Sweep | None = None
         self.latest: Compiled | None = None
@@ -88,6 +94,7 @@ class Session:
             resident=_weakly(self, "_resident"),
             done=_weakly(self, "_stepped"),
             watch=_weakly(self, "_latest_watch"),
+            rounding=self.rounding,
         )
 
     @property
@@ -97,19 +104,20 @@ class Session:
             raise TrainingError("there is no plan yet: call model.plan(**batch), or train one batch")
         return self.sweep
 
-    def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
-        """What is compiled for a batch like this one, made anew for a new signature or mode."""
+    def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Compiled:
+        """What is compiled for a batch like this one, made anew for a new signature, mode or autocast."""
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         self._check_devices(leaves)
         signature = tuple((tuple(v.shape), v.dtype, v.stride()) if isinstance(v, torch.Tensor) else repr(v) for v in leaves)
-        key = (str(spec), signature, tuple(module.training for module in self.model.modules()))
-        if torch.is_autocast_enabled(self.device.type):
-            raise TrainingError("autocast around a chunked training call is not supported; load the model in the dtype it should train in")
+        key = (str(spec), signature, tuple(module.training for module in self.model.modules()), autocast)
         if key not in self._compiled:
-            found = capture(self.model, args, kwargs, loss_only=self.options.loss_only)
+            with autocast.on():
+                found = capture(self.model, args, kwargs, loss_only=self.options.loss_only)
+            found = widen_gradients(found, self.options.precision)
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-            fixed = fixed_nbytes(self._model_nbytes, found, batch)
+            stand_ins = [chunk.stand_in for chunk in self.chunks if chunk.stand_in is not None]
+            fixed = fixed_nbytes(self._model_nbytes, found, [*batch, *stand_ins])
             self._compiled[key] = Compiled(found, fixed, self._costs, self._get_setting(), describe_inputs(args, kwargs))
             while len(self._compiled) > _SIGNATURES:
                 self._compiled.popitem(last=False)
@@ -238,6 +246,9 @@ class Session:
         programs = [self.program(self.latest, step) for step in self.sweep.schedule.steps]
         return tuple(sorted({name for program in programs for name in program.dense}))
 
+    def _split(self, budget_nbytes: int) -> tuple[Chunk, ...]:
+        return split_for_budget(self.model, budget_nbytes, wide=self.options.precision is not Precision.PLAIN)
+
     def _get_setting(self) -> Setting:
         """Costs that do not depend on the batch, measured once the user's optimizers can be found."""
         if self._setting is None:
@@ -245,7 +256,10 @@ class Session:
             cost = self._measure(found, self.chunks)
             self.mover.keep(cost.tables)
             links = tuple(measure_link(self.device, self.options.directory, place) for place in self._places())
-            self._setting = Setting(self.options.budget_nbytes, self.chunks, cost, links, self.options.updates, self.device.type)
+            chosen = self.options
+            self._setting = Setting(
+                chosen.budget_nbytes, self.chunks, cost, links, chosen.updates, self.device.type, precision=chosen.precision
+            )
             self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
 
@@ -260,10 +274,11 @@ class Session:
     def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
         """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""
         if not optimizers:
-            return measure_optimizer(None, layouts_of(chunks), self.device)
+            return measure_update(None, layouts_of(chunks), self.device, self.options.precision)
         params = [{self.chunks[number].param for number in self._updater.chunks_of(optimizer)} for optimizer in optimizers]
         mine = [layouts_of([chunk for chunk in chunks if chunk.param in names]) for names in params]
-        costs = [measure_optimizer(optimizer, layouts, self.device) for optimizer, layouts in zip(optimizers, mine, strict=True)]
+        precision = self.options.precision
+        costs = [measure_update(one, layouts, self.device, precision) for one, layouts in zip(optimizers, mine, strict=True)]
         return functools.reduce(OptimizerCost.at_least, costs)
 
     def _take_up(self, compiled: Compiled) -> None:
@@ -319,7 +334,7 @@ class Session:
         problem = forms(compiled, solving, accumulating=self.accumulating)[-1]
         budget, setting, tried = smallest_budget(problem)[0], compiled.setting, set[int]()
         while True:
-            chunks = split_for_budget(self.model, budget)
+            chunks = self._split(budget)
             if set(layouts_of(chunks)) == set(layouts_of(setting.chunks)):
                 return explained_error(compiled, problem, self.model)
             tried.add(budget)

@@ -122,11 +122,12 @@ def fingerprint(compiled: Compiled, *, accumulating: bool) -> Fingerprint:
         graph=graph_hash((segment.name, segment.kind) for segment in compiled.segments),
         chunks=tuple(chunk.name for chunk in setting.chunks),
         inputs=compiled.inputs,
-        dtype=dtypes_of(chunk.leaf for chunk in setting.chunks),
+        dtype=dtypes_of(chunk.weight for chunk in setting.chunks),
         device=setting.device,
         optimizer=setting.optimizer.name,
         accumulating=accumulating,
         torch=str(torch.__version__),
+        precision=str(setting.precision),
     )
 
 

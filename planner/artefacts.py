@@ -23,6 +23,7 @@ class Fingerprint:
     optimizer: str
     accumulating: bool
     torch: str
+    precision: str
 
 
 @dataclass(frozen=True, slots=True)

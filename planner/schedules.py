@@ -16,7 +16,7 @@ from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, 
 from chunkft_compile.planner.residency import transfer_us
 from chunkft_compile.planner.units import format_nbytes, format_us
 
-VERSION = 2
+VERSION = 3
 
 Stored = TypeVar("Stored", Problem, Schedule, Plan)
 

@@ -1,7 +1,8 @@
 """Chunks: row ranges of parameters as leaf parameters of their own, sharing the memory of the model's weights."""
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ _BLOCKS = "chunkft_block_nbytes"  # attribute of a fake mode whose tensors stand
 class Chunk:
     """Rows `[start, stop)` of parameter `param`, which has `size` rows.
 
-    `weight` is the model's own parameter, `leaf` a view of the rows that optimizers can train.
+    `weight` is the model's own parameter, `leaf` a view of the rows that optimizers can train. Where the optimizer is to compute in
+    fp32 and the weight is narrower, `leaf` is fp32: `stand_in`, which has no bytes, unless the chunk is being stepped (`precision`).
     """
 
     param: str
@@ -24,6 +26,8 @@ class Chunk:
     size: int
     weight: nn.Parameter
     leaf: nn.Parameter
+    stand_in: torch.Tensor | None = None
+    _elsewhere: list[torch.Tensor] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
@@ -33,18 +37,40 @@ class Chunk:
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return self.leaf.numel() * self.leaf.element_size()
+        return self.leaf.numel() * self.weight.element_size()
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The weights themselves: a view of the model's, or of the copy of them that is on the device meanwhile."""
+        return self._elsewhere[0] if self._elsewhere else self.cut(self.weight.detach())
+
+    def cut(self, data: torch.Tensor) -> torch.Tensor:
+        """Its rows of a tensor in the shape of the weight."""
+        return data[self.start : self.stop] if data.dim() else data
+
+    def show(self, rows: torch.Tensor | None) -> None:
+        """From now on its weights are these, or those of the model if None; a leaf that is not `stand_in` is a view of them."""
+        self._elsewhere[:] = [] if rows is None else [rows]
+        if self.stand_in is None:
+            self.leaf.data = self.rows
 
 
-def split_parameters(model: nn.Module, limit_nbytes: int) -> tuple[Chunk, ...]:
+def split_parameters(model: nn.Module, limit_nbytes: int, *, wide: bool = False) -> tuple[Chunk, ...]:
     """Every trainable parameter of `model` in chunks of at most `limit_nbytes` (but at least one row), evenly sized.
 
-    Tied parameters appear once, under their first name. The chunks cover every trainable element exactly once.
+    Tied parameters appear once, under their first name. The chunks cover every trainable element exactly once. With `wide`, the
+    leaves of bf16 and fp16 parameters are fp32.
     """
-    return tuple(chunk for name, weight in model.named_parameters() if weight.requires_grad for chunk in _split(name, weight, limit_nbytes))
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    return tuple(chunk for name, weight in trained for chunk in _split(name, weight, limit_nbytes, wide=wide and is_half(weight.dtype)))
 
 
-def _split(name: str, weight: nn.Parameter, limit_nbytes: int) -> Iterator[Chunk]:
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype are narrower than the fp32 that an optimizer may compute in."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _split(name: str, weight: nn.Parameter, limit_nbytes: int, *, wide: bool) -> Iterator[Chunk]:
     if weight.numel() == 0:
         raise ValueError(f"parameter {name} is empty {tuple(weight.shape)}; freeze it: requires_grad_(False)")
     data = weight.detach()
@@ -55,13 +81,22 @@ def _split(name: str, weight: nn.Parameter, limit_nbytes: int) -> Iterator[Chunk
     length = -(-size // count)
     for start in range(0, size, length):
         stop = min(start + length, size)
-        leaf = data[start:stop] if data.dim() else data
-        yield Chunk(name, start, stop, size, weight, nn.Parameter(leaf))
+        rows = data[start:stop] if data.dim() else data
+        stand_in = _stand_in(rows) if wide else None
+        leaf = nn.Parameter(rows if stand_in is None else stand_in)
+        if wide:
+            leaf.grad_dtype = None  # `.grad` has the dtype of the weights between backward and step, and fp32 in the step
+        yield Chunk(name, start, stop, size, weight, leaf, stand_in)
 
 
-def split_for_budget(model: nn.Module, budget_nbytes: int) -> tuple[Chunk, ...]:
-    """The chunks of `model` under a budget, see `chunk_limit_nbytes`."""
-    return split_parameters(model, chunk_limit_nbytes(model, budget_nbytes))
+def _stand_in(rows: torch.Tensor) -> torch.Tensor:
+    """fp32 NaN in the shape of `rows`, with the bytes of one element. Each chunk has its own: a write into it reaches no other."""
+    return torch.full((), math.nan, dtype=torch.float32, device=rows.device).expand(rows.shape)
+
+
+def split_for_budget(model: nn.Module, budget_nbytes: int, *, wide: bool = False) -> tuple[Chunk, ...]:
+    """The chunks of `model` under a budget, see `chunk_limit_nbytes` and `split_parameters`."""
+    return split_parameters(model, chunk_limit_nbytes(model, budget_nbytes), wide=wide)
 
 
 def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:

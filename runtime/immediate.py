@@ -10,7 +10,7 @@ from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.applied import AppliedGradient
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import step_alone
+from chunkft_compile.runtime.precision import Rounding
 
 
 class Applier:
@@ -22,12 +22,13 @@ class Applier:
     where the backward ended with an error, None otherwise.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], holders: Mapping[int, Optimizer], mover: StateMover) -> None:
+    def __init__(self, chunks: Sequence[Chunk], holders: Mapping[int, Optimizer], mover: StateMover, rounding: Rounding) -> None:
         self.applied: dict[int, weakref.ref[Optimizer]] = {}
         self.broken: Mapping[int, Optimizer] | None = None
         self._chunks = chunks
         self._holders = holders
         self._mover = mover
+        self._rounding = rounding
 
     def execute(self, instruction: Instruction, gradients: dict[int, torch.Tensor]) -> None:
         """Do one of these instructions; `gradients` by chunk are taken out, so that they are freed after the update."""
@@ -52,7 +53,7 @@ class Applier:
         for number, leaf in zip(numbers, leaves, strict=True):
             leaf.grad = gradients.pop(number)
         try:
-            step_alone(optimizer, leaves)
+            self._rounding.step(optimizer, [self._chunks[number] for number in numbers])
         finally:
             for leaf in leaves:
                 leaf.grad = None

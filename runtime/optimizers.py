@@ -29,13 +29,17 @@ class StepCost:
     """One chunk in an optimizer step.
 
     `state_nbytes` can leave the device between steps, `counter_nbytes` (tensors of one element) stays; `transient_nbytes` is
-    allocated and freed inside the step, which takes `us` microseconds.
+    allocated and freed inside the step, which takes `us` microseconds. Around it there may be fp32 copies of the weights and
+    of the gradient, and what rounding takes when the latter is gone (see `precision`).
     """
 
     state_nbytes: int
     counter_nbytes: int
     transient_nbytes: int
     us: int
+    weight_copy_nbytes: int = 0
+    gradient_copy_nbytes: int = 0
+    rounding_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,13 @@ class OptimizerCost:
         return storage_nbytes(self.tables.values())
 
     def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
-        """Bytes while stepping chunks of these layouts together, at most."""
-        first, *others = sorted((self.of_layout[layout].transient_nbytes for layout in layouts), reverse=True)
+        """Bytes while stepping chunks of these layouts together, at most: copies are there for all of them, and rounded one by one."""
+        costs = [self.of_layout[layout] for layout in layouts]
+        first, *others = sorted((cost.transient_nbytes for cost in costs), reverse=True)
         second, later = self.overlap
-        return math.ceil(first + second * sum(others[:1]) + later * sum(others[1:]))
+        step = math.ceil(first + second * sum(others[:1]) + later * sum(others[1:]))
+        weights, gradients = sum(cost.weight_copy_nbytes for cost in costs), sum(cost.gradient_copy_nbytes for cost in costs)
+        return weights + max(gradients + step, *(cost.rounding_nbytes for cost in costs))
 
     def us(self, layouts: Sequence[Layout]) -> int:
         """Microseconds of stepping chunks of these layouts: a chunk costs the same alone and among others."""
@@ -70,7 +77,7 @@ class OptimizerCost:
 
     def alone_nbytes(self, layout: Layout) -> int:
         """State and transient of one chunk stepped alone."""
-        return self.of_layout[layout].state_nbytes + self.of_layout[layout].transient_nbytes
+        return self.of_layout[layout].state_nbytes + self.transient_nbytes([layout])
 
     def at_least(self, other: "OptimizerCost") -> "OptimizerCost":
         """The larger of both, layout by layout: for chunks of a layout that are split between two optimizers."""

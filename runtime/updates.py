@@ -13,6 +13,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of, step_alone
+from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of
+from chunkft_compile.runtime.precision import Rounding, WideStep
 from chunkft_compile.runtime.supported import refuse_unsupported
 
 
@@ -46,12 +48,14 @@ class Updater:
         resident: Callable[[], frozenset[int]],
         done: Callable[[frozenset[int]], None],
         watch: Callable[[], Watch] = Watch,
+        rounding: Rounding | None = None,
     ) -> None:
         self._chunks = chunks
         self._number = {id(chunk.leaf): number for number, chunk in enumerate(chunks)}
         self._mover = mover
         self._program, self._resident, self._done, self._watch = program, resident, done, watch
-        self._pending: tuple[Optimizer, list[Instruction], dict[int, torch.Tensor]] | None = None
+        self._rounding = rounding or Rounding()
+        self._pending: _Pending | None = None
         self._stepped: set[int] = set()  # of the pending step
         self._found: list[weakref.ref[Optimizer]] = []
         self._prefetched: dict[int, Optimizer] = {}  # state that came in a backward, for the step that follows
@@ -113,7 +117,7 @@ class Updater:
         """For one backward that updates its step with `optimizers`. Sends away state that should not be on the device."""
         holders = {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
         self._evict(holders)
-        self._applier = Applier(self._chunks, holders, self._mover)
+        self._applier = Applier(self._chunks, holders, self._mover, self._rounding)
         return self._applier
 
     def fetcher(self) -> "Fetcher":
@@ -171,10 +175,14 @@ class Updater:
         if not ready:
             return
         self._evict({number: optimizer for number in mine if number not in self._prefetched})
-        instructions = _restricted(self._program(optimizer), ready, self._prefetched.keys())
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
+        if _overflowed(optimizer):
+            self._pending = _Pending(optimizer, (), gradients)
+            self._show(gradients, ())
+            return
+        instructions = _restricted(self._program(optimizer), ready, self._prefetched.keys())
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
-        self._pending = (optimizer, instructions[last:], gradients)
+        self._pending = _Pending(optimizer, instructions[last:], gradients)
         self._show(gradients, ())
         watch = self._watch()
         watch.anchor_update(instructions[0])
@@ -183,10 +191,11 @@ class Updater:
                 self._execute(instruction, optimizer, gradients)
                 watch.check(watch.number_of(instruction))
             self._await(instructions[last].chunks)
+            self._show(gradients, instructions[last].chunks)
+            self._pending.last = self._rounding.begin(optimizer, [self._chunks[number] for number in instructions[last].chunks])
         except BaseException:
             self._recover_step()
             raise
-        self._show(gradients, instructions[last].chunks)
 
     def recover(self) -> None:
         """Before a new step: send away what came for one that was left out, and put right what an error left behind.
@@ -207,9 +216,10 @@ class Updater:
             if applied:
                 self._done(applied)
         if self._pending is not None:
-            _, _, gradients = self._pending
-            self._pending = None
-            self._show(gradients, tuple(gradients))
+            pending, self._pending = self._pending, None
+            if pending.last is not None:
+                pending.last.abandon()
+            self._show(pending.gradients, tuple(pending.gradients))
             for number in self._stepped:
                 self._chunks[number].leaf.grad = None
             if self._stepped:
@@ -222,20 +232,23 @@ class Updater:
             done, self._acknowledged = self._acknowledged, frozenset()
             self._forget(done)
             self._done(done)
-        if self._pending is None or self._pending[0] is not optimizer:
+        if self._pending is None or self._pending.optimizer is not optimizer:
             return
-        _, (last, *rest), gradients = self._pending
-        self._pending = None
-        watch = self._watch()
-        watch.look(watch.number_of(last))
+        pending, self._pending = self._pending, None
+        if pending.last is not None:
+            pending.last.finish()
+        watch, (last, *rest) = self._watch(), pending.instructions or (None,)
+        if last is not None:
+            watch.look(watch.number_of(last))
         for instruction in rest:
-            self._execute(instruction, optimizer, gradients)
+            self._execute(instruction, optimizer, pending.gradients)
             watch.look(watch.number_of(instruction))
         self._mover.synchronize()
-        self._show(gradients, tuple(gradients))
+        self._show(pending.gradients, tuple(pending.gradients))
         self._stepped = set()
-        self._done(frozenset(gradients))
-        watch.settle()  # after all is in its place: this step is complete, whatever it took
+        if last is not None:
+            self._done(frozenset(pending.gradients))
+            watch.settle()  # after all is in its place: this step is complete, whatever it took
 
     def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
         match instruction.op:
@@ -245,7 +258,7 @@ class Updater:
             case Op.UPDATE:
                 self._await(instruction.chunks)
                 self._show(gradients, instruction.chunks)
-                step_alone(optimizer, [self._chunks[number].leaf for number in instruction.chunks])
+                self._rounding.step(optimizer, [self._chunks[number] for number in instruction.chunks])
                 self._stepped.update(instruction.chunks)
                 self._show(gradients, ())
             case Op.EVICT:
@@ -314,6 +327,28 @@ class Fetcher:
 
     def abandon(self) -> None:
         """Nothing is to be done: what came is sent away before the next step."""
+
+
+@dataclass
+class _Pending:
+    """A step of the user's that is under way: its last update and what comes after it, all gradients, and that group's fp32 leaves.
+
+    A step that the user's scaler skips has no instructions.
+    """
+
+    optimizer: Optimizer
+    instructions: Sequence[Instruction]
+    gradients: Mapping[int, torch.Tensor]
+    last: WideStep | None = None
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether `GradScaler` calls a step that must change nothing.
+
+    Other optimizers it does not call at all then. Fused ones it does, with this attribute, and they would count the step and take it back.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
 
 
 def _is_within(optimizer: Optimizer) -> bool:

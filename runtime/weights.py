@@ -72,7 +72,7 @@ class WeightKeeper:
             self._changed.discard(number)
             stand_in, store, _ = self._away[chunk.param]
             here = self._here[chunk.param].tensor
-            self._leaving[chunk.param].append(store.put_into(_rows(stand_in, chunk), _rows(here, chunk)))
+            self._leaving[chunk.param].append(store.put_into(chunk.cut(stand_in), chunk.cut(here)))
 
     def free(self, names: Iterable[str]) -> None:
         """The bytes of fetched weights go."""
@@ -110,8 +110,8 @@ class WeightKeeper:
         """Begin to bring the rows of a chunk in memory of their own, unless they are there or stay on the device."""
         if chunk.param in self._away and id(chunk.leaf) not in self._rows:
             stand_in, store, _ = self._away[chunk.param]
-            self._rows[id(chunk.leaf)] = copy = store.get(_rows(stand_in, chunk), self._device)
-            chunk.leaf.data = copy.tensor
+            self._rows[id(chunk.leaf)] = copy = store.get(chunk.cut(stand_in), self._device)
+            chunk.show(copy.tensor)
 
     def has_rows(self, chunk: Chunk) -> bool:
         """Whether the rows of a chunk were fetched alone and not freed yet."""
@@ -126,7 +126,7 @@ class WeightKeeper:
         """Begin to write rows back that were fetched alone."""
         if id(chunk.leaf) in self._rows:
             stand_in, store, _ = self._away[chunk.param]
-            copy = store.put_into(_rows(stand_in, chunk), self._rows[id(chunk.leaf)].tensor)
+            copy = store.put_into(chunk.cut(stand_in), self._rows[id(chunk.leaf)].tensor)
             self._leaving[id(chunk.leaf)].append(copy)
 
     def free_rows(self, chunk: Chunk) -> None:
@@ -152,25 +152,16 @@ class WeightKeeper:
 
     def _show(self, name: str, data: torch.Tensor) -> None:
         self._tensor(name).data = data
-        self._show_rows(name, data if name not in self._away else None)
+        self._show_rows(name, None)
 
     def _show_rows(self, name: str, data: torch.Tensor | None) -> None:
-        """Let the leaves be rows of `data`, or of the stand-in if None.
+        """Let the chunks of a weight be rows of `data`, or of the weight or its stand-in if None.
 
         A leaf is always on the device, for its gradient is: beside an accelerator it is NaN in the bytes of one element then.
         """
         for chunk in (self._chunks[number] for number in self._numbers.get(name, ())):
             if id(chunk.leaf) in self._rows:
                 continue
-            if data is not None:
-                chunk.leaf.data = _rows(data, chunk)
-                continue
-            stand_in = _rows(self._away[name][0], chunk)
-            if self._device.type == "cpu":
-                chunk.leaf.data = stand_in
-            else:
-                chunk.leaf.data = torch.full((), torch.nan, dtype=stand_in.dtype, device=self._device).expand(stand_in.shape)
-
-
-def _rows(data: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    return data[chunk.start : chunk.stop] if data.dim() else data
+            chunk.show(None if data is None else chunk.cut(data))
+            if data is None and chunk.leaf.device != self._device:
+                chunk.leaf.data = torch.full((), torch.nan, dtype=chunk.leaf.dtype, device=self._device).expand(chunk.leaf.shape)

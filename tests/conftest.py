@@ -37,7 +37,8 @@ class Workshop:
         shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         trained = [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
         modes = [module.training for module in model.modules()]
-        key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only))
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
         if key not in self._captures:
             self.captured += 1
             self._captures[key] = capture(model, args, kwargs, loss_only=loss_only)

@@ -19,6 +19,7 @@ import chunkft_compile
 from chunkft_compile.planner import Placement, Update
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.engine import Run
+from chunkft_compile.runtime.precision import MASTER
 from tests import models
 from tests.invariants.by_hand import plan_by_hand
 from tests.support.reference import Slice, train
@@ -85,6 +86,18 @@ def test_every_step_stays_below_its_prediction(report: dict[str, Any], link: str
         assert predicted <= 1.02 * measured
 
 
+def test_masters_travel_through_pinned_host_memory(report: dict[str, Any]) -> None:
+    """Losses are those of the same training on the CPU; a master that was used before its copy ended would be NaN."""
+    run = report["master"]
+    assert run["losses"] == pytest.approx(run["losses on the CPU"], rel=5e-3)
+    assert run["stand-ins"] == {"device": ["cpu"], "pinned": [True]}
+    assert run["masters away"] > 0
+    for measured, predicted in run["peaks"]:
+        assert measured <= predicted <= run["budget"]
+    for measured, predicted in run["peaks"][1:]:
+        assert predicted <= 1.02 * measured
+
+
 def test_a_deleted_model_gives_its_memory_back(report: dict[str, Any]) -> None:
     assert report["left behind"] == 0
 
@@ -126,6 +139,10 @@ def _main() -> None:
         plan_by_hand(patch, [Update.HELD] * 2, resident=(1, 2), scattered=True)
         device.configure(link_bytes_per_s=_SLOW)
         found["resumed"] = _resume(Path(directory))
+    gc.collect()
+    with pytest.MonkeyPatch.context() as patch:
+        plan_by_hand(patch, [Update.HELD], resident=(0, 2))
+        found["master"] = _run_masters(device)
     print(json.dumps(found))
 
 
@@ -289,6 +306,39 @@ def _run_leaking(device: SimDevice) -> str:
         with pytest.raises(chunkft_compile.MemoryPromiseError) as caught:
             _step(model, optimizer, batch)
     return str(caught.value)
+
+
+def _run_masters(device: SimDevice) -> dict[str, Any]:
+    """bf16 weights with fp32 masters, on the device and on the CPU."""
+    before = torch.accelerator.memory_allocated()
+    network = models.llama(hidden_size=64, intermediate_size=128, num_hidden_layers=2).bfloat16().train()  # scalars are below 2 %
+    budget = 20 * sum(p.nbytes for p in network.parameters())
+    on_cpu = chunkft_compile.compile(copy.deepcopy(network), budget, precision="master")
+    device.configure(granularity=_BLOCK)
+    model = chunkft_compile.compile(network.to("sim"), budget, precision="master")
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (model, on_cpu)]
+    model.plan(**_on_device(models.token_batch()))
+    device.configure(capacity=before + budget, link_bytes_per_s=_SLOW, granularity=_BLOCK)
+    losses, expected, peaks = [], [], []
+    for seed in range(4):
+        measured, predicted, loss = _step(model, optimizers[0], models.token_batch(seed))
+        peaks.append((measured - before, predicted))
+        losses.append(loss)
+        wanted = on_cpu(**models.token_batch(seed)).loss
+        wanted.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        expected.append(wanted.item())
+    device.configure()
+    masters = [state[MASTER] for state in optimizers[0].state.values()]
+    return {
+        "budget": budget,
+        "peaks": peaks,
+        "losses": losses,
+        "losses on the CPU": expected,
+        "masters away": sum(master.device.type == "cpu" for master in masters),
+        **_describe_store(model, optimizers[0]),
+    }
 
 
 def _slice(chunk: Any) -> Slice:

@@ -7,6 +7,7 @@ from chunkft_compile.cli.options import at_least
 from chunkft_compile.planner import Placement, Update
 from chunkft_compile.planner.methods import METHODS
 from chunkft_compile.runtime.modelled_optimizers import OPTIMIZERS
+from chunkft_compile.runtime.precision import Precision
 
 UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
 REACH = {
@@ -19,6 +20,16 @@ REACH = {
 def add_optimizer(parser: argparse.ArgumentParser) -> None:
     """The optimizer to plan for."""
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="torch optimizer (default: adamw)")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """What the optimizer computes in. Not given, it is None and means plain."""
+    parser.add_argument(
+        "--precision",
+        choices=tuple(Precision),
+        help="what the optimizer computes in where weights are bf16: their own dtype (plain), fp32 weights kept beside them (master), "
+        "or fp32 copies for each update, rounded back at random (stochastic) (default: plain)",
+    )
 
 
 def add_update(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from chunkft_compile.cli.planned import PlanConfig, planned_model, say
 from chunkft_compile.data import Example, Sequences, encode, read_examples, shuffled_batches, split
 from chunkft_compile.planner import Plan, Update
 from chunkft_compile.pretrained import check_model, check_out, load_tokenizer, save_model
+from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.solving import read_plan
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ MEASURED_SWEEPS = 2
 class TrainConfig:
     """A run, in the words of `chunkft train --help`. `steps` overrides `epochs`; `eval_data` overrides `eval_fraction`.
 
-    `budget` may be None where there is a `schedule`, which has one. None for `update` and `prefer` is "held" and "time".
+    `budget` may be None where there is a `schedule`, which has one. None for `update`, `prefer` and `precision` is "held", "time"
+    and "plain".
     """
 
     model: Path
@@ -60,6 +62,7 @@ class TrainConfig:
     max_steps: int | None = None
     checkpoint_every: int = 0
     resume: bool = False
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def _check(config: TrainConfig) -> _Files:
     schedule = None if config.schedule is None else _read_schedule(config, config.schedule)
     budget = _budget_nbytes(config, device, schedule)
     _refuse_unheld(config, schedule)
+    Precision(config.precision or Precision.PLAIN).check([config.dtype])
     examples = read_examples(config.data)
     eval_examples = None if config.eval_data is None else read_examples(config.eval_data)
     check_model(config.model)
@@ -135,7 +139,7 @@ def _check(config: TrainConfig) -> _Files:
 
 def _read_schedule(config: TrainConfig, path: Path) -> Plan:
     """The kept plan. Raises `ValueError` for one that cannot be read, and for choices that were made when it was planned."""
-    given = {"--update": config.update, "--prefer": config.prefer, "--max-steps": config.max_steps}
+    given = {"--update": config.update, "--prefer": config.prefer, "--max-steps": config.max_steps, "--precision": config.precision}
     if wrong := [option for option, value in given.items() if value is not None]:
         raise ValueError(f"--schedule {path} was planned already: leave {wrong[0]} out, or give it to chunkft plan --json")
     schedule = read_plan(path)
@@ -227,6 +231,7 @@ def _compile(config: TrainConfig, files: _Files, steps: int) -> tuple[Any, int]:
         update=config.update or "held",
         prefer=config.prefer or "time",
         max_steps=config.max_steps,
+        precision=config.precision,
         schedule=files.schedule,
     )
     model, plain_nbytes = planned_model(planning)

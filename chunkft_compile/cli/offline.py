@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from chunkft_compile.budget import format_nbytes, parse_amount
-from chunkft_compile.cli.choices import REACH, UPDATES, add_ingredients, add_optimizer, add_places, add_update
+from chunkft_compile.cli.choices import REACH, UPDATES, add_ingredients, add_optimizer, add_places, add_precision, add_update
 from chunkft_compile.cli.options import DTYPES, at_least
 from chunkft_compile.cli.planned import say
 from chunkft_compile.offline import Choices, OfflineModel, Shape, read_config
@@ -15,6 +15,7 @@ from chunkft_compile.planner import Placement, Problem
 from chunkft_compile.planner.devices import DEVICES, Device, find_device
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.roofline import RooflineCosts
+from chunkft_compile.runtime.precision import Precision
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_optimizer(parser)
+    add_precision(parser)
     add_update(parser)
     add_ingredients(parser)
     add_places(parser)
@@ -62,6 +64,7 @@ class Question:
     optimizer: str
     choices: Choices
     accumulating: bool
+    precision: Precision = Precision.PLAIN
 
     @staticmethod
     def of(args: argparse.Namespace) -> "Question":
@@ -76,12 +79,14 @@ class Question:
         reach = REACH[args.weights]
         if args.weights == "disk" and not device.accelerator:  # on a CPU, the host is the device
             reach = (Placement.DEVICE, Placement.DISK)
+        precision = Precision(args.precision or Precision.PLAIN)
+        precision.check([DTYPES[args.dtype]])
         choices = Choices(UPDATES[update], args.state, reach, host, args.overlap, args.options)
-        return Question(str(args.model), device, DTYPES[args.dtype], args.optimizer or "adamw", choices, args.accumulate > 1)
+        return Question(str(args.model), device, DTYPES[args.dtype], args.optimizer or "adamw", choices, args.accumulate > 1, precision)
 
     def capture(self, shape: Shape) -> OfflineModel:
         """The model at one shape; its weights are not allocated."""
-        return OfflineModel(read_config(self.model), shape, self.dtype, self.device)
+        return OfflineModel(read_config(self.model), shape, self.dtype, self.device, precision=self.precision)
 
     def problem(self, model: OfflineModel, budget_nbytes: int) -> Problem:
         """The planner's question under a budget."""
@@ -91,7 +96,8 @@ class Question:
         """What is planned, in one line."""
         dtype = str(self.dtype).removeprefix("torch.")
         copies = ", with copies beside compute" if self.choices.overlap else ""
-        return f"{self.model}, {shape.batch} x {shape.seq} tokens, {dtype}, {self.optimizer}, on {self.device.title}{copies}"
+        kept = "" if self.precision is Precision.PLAIN else f" (precision {self.precision})"
+        return f"{self.model}, {shape.batch} x {shape.seq} tokens, {dtype}{kept}, {self.optimizer}, on {self.device.title}{copies}"
 
 
 def offline_budget(text: str | None, device: Device) -> int:

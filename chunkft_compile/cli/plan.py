@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkft_compile.budget import format_nbytes, parse_budget
-from chunkft_compile.cli.choices import add_ingredients, add_method, add_optimizer, add_places, add_search, add_update
+from chunkft_compile.cli.choices import add_ingredients, add_method, add_optimizer, add_places, add_precision, add_search, add_update
 from chunkft_compile.cli.offline import Question, is_offline, offline_budget, say_modelled
 from chunkft_compile.cli.options import DTYPES, add_common, pick_device
 from chunkft_compile.cli.planned import PlanConfig, planned_model, say
@@ -22,6 +22,7 @@ examples:
   chunkft plan model.gguf --budget 13.5GiB --accumulate 8 --json plan.json
   chunkft plan llama-3-8b --device rtx4090 --batch 1 --seq 1024 --dtype bf16 --optimizer adamw
   chunkft plan llama-3-8b --device rtx4090 --seq 1024 --dtype bf16 --options inputs,tiled --state host
+  chunkft plan llama-3-8b --device rtx4090 --seq 1024 --dtype bf16 --precision master --update auto
   chunkft plan llama-3-8b --device rtx4090 --seq 1024 --dtype bf16 --method hift
 
 --json FILE keeps the plan; chunkft train --schedule FILE runs it, on the device and for the model, batch and optimizer it was made for.
@@ -44,7 +45,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common(parser, budget_required=False)
-    for add in (add_optimizer, add_update, add_search, add_ingredients, add_method, add_places):
+    for add in (add_optimizer, add_precision, add_update, add_search, add_ingredients, add_method, add_places):
         add(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file, for chunkft train --schedule")
     parser.set_defaults(run=run)
@@ -79,6 +80,7 @@ def _run_here(args: argparse.Namespace) -> int:
         args.max_steps,
         args.options,
         args.state,
+        precision=args.precision,
     )
     model, plain_nbytes = planned_model(config)
     print(format_schedule(model.problem, model.schedule))

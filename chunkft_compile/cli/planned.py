@@ -19,7 +19,7 @@ from chunkft_compile.runtime.modelled_optimizers import make_optimizer
 class PlanConfig:
     """A model, the shape of its batches, and the budget it has to stay within; or a `schedule` that was kept, which is run as it is.
 
-    `update`, `prefer`, `max_steps`, `options` and `state` are those of `chunkft_compile.compile`.
+    `update`, `prefer`, `max_steps`, `options`, `state` and `precision` are those of `chunkft_compile.compile`.
     """
 
     model: Path
@@ -38,6 +38,7 @@ class PlanConfig:
     options: tuple[str, ...] | None = None
     state: tuple[Placement, ...] | None = None
     schedule: Plan | None = None
+    precision: str | None = None
 
 
 def planned_model(config: PlanConfig) -> tuple[Any, int]:
@@ -54,6 +55,7 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
         "accumulation": config.accumulate > 1,
         "solve_seconds": config.solve_seconds,
         "seed": config.seed,
+        "precision": config.precision,
     }
     if config.schedule is not None:
         given["schedule"] = config.schedule

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from chunkft_compile.cli.choices import add_search, add_update
+from chunkft_compile.cli.choices import add_precision, add_search, add_update
 from chunkft_compile.cli.fine_tune import TrainConfig, fine_tune
 from chunkft_compile.cli.options import DTYPES, add_common, at_least, between
 
@@ -22,6 +22,7 @@ examples:
   chunkft train ./SmolLM2-135M --data notes.txt --schedule plan.json --out ./tuned --seq 256
   chunkft train ./SmolLM2-135M --data notes.txt --budget 1GB --update auto --clip 0 --out ./tuned
   chunkft train ./model --data notes.txt --budget 1GB --out ./tuned --checkpoint-every 100   (stopped? again with --resume)
+  chunkft train ./model --data notes.txt --budget 6GB --dtype bf16 --precision master --out ./tuned
   chunkft train ./model --data train.txt --eval-data heldout.txt --budget 13.5GiB --out ./tuned --epochs 2
 
 With --update immediate or auto, gradients are applied inside backward: there is no clipping (--clip 0) and no accumulation.
@@ -42,6 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--schedule", type=Path, metavar="FILE", help="run this plan, which chunkft plan --json wrote, under its own budget"
     )
+    add_precision(parser)
     add_update(parser)
     add_search(parser)
     _add_files(parser)
@@ -127,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
             max_steps=args.max_steps,
             checkpoint_every=args.checkpoint_every,
             resume=args.resume,
+            precision=args.precision,
         )
     )
     return 0

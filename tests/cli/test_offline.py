@@ -56,6 +56,23 @@ def test_plan_for_a_card_says_that_it_is_modelled(config_file: Path, tmp_path: P
     assert f"--schedule {file} was planned for rtx4090, a device that was not here: plan on the device" in error_line(capsys)
 
 
+def test_a_precision_reaches_the_plan(config_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["plan", str(config_file), "--device", "rtx4090", "--seq", "16", "--json", str(file), "--seconds", "1"]
+    assert main([*arguments, "--dtype", "bf16", "--precision", "master"]) == 0
+    assert "bfloat16 (precision master), adamw" in capsys.readouterr().err
+    kept = from_json(file.read_text(), Plan)
+    assert kept.fingerprint.precision == "master"
+    largest_chunk = max(kept.problem.chunks, key=lambda chunk: chunk.grad_nbytes)
+    rounded = -(-2 * largest_chunk.weight_nbytes // 512) * 512
+    assert largest_chunk.state_nbytes == 3 * rounded  # fp32 tensors, for weights in bf16
+    assert main([*arguments, "--precision", "stochastic"]) == 1
+    assert 'precision="stochastic" is for bfloat16 or float16 weights, these are float32' in error_line(capsys)
+    files = ["--data", "none.txt", "--out", str(tmp_path / "out"), "--budget", "1GB"]
+    assert main(["train", str(config_file.parent), "--device", "cpu", *files, "--precision", "master"]) == 1
+    assert 'precision="master" is for bfloat16' in error_line(capsys)
+
+
 def test_forced_ingredients_reach_the_plan(config_file: Path, tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "plan.json"
     arguments = ["plan", str(config_file), "--device", "rtx4090", "--seq", "16", "--budget", "700kB", "--seconds", "1", "--json", str(file)]

@@ -13,11 +13,11 @@ from chunkft_compile.planner import Plan, from_json
 SHAPE = ["--batch", "2", "--seq", "16", "--device", "cpu", "--seconds", "1"]
 
 
-def smallest_budget(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def smallest_budget(model_dir: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
     """Start a little above the weights (107 kB) and follow the advice of each refusal."""
     budget = "110kB"
     for _ in range(4):  # a larger budget has larger chunks, so the first advice may be short
-        if main(["plan", str(model_dir), "--budget", budget, *SHAPE]) == 0:
+        if main(["plan", str(model_dir), "--budget", budget, *SHAPE, *more]) == 0:
             return budget
         match = re.search(r"the smallest that does: --budget ([0-9]+B)\)$", capsys.readouterr().err.strip())
         assert match is not None
@@ -47,3 +47,20 @@ def test_plan_then_train_in_the_smallest_budget(
     old, new = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model_dir, out))
     unmoved = [name for name in old if torch.equal(old[name], new[name])]
     assert unmoved == []  # one sweep trains every parameter
+
+
+@pytest.mark.slow
+def test_a_planned_precision_is_trained_in(model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the smallest budget for bf16 weights with masters."""
+    how = ["--dtype", "bf16", "--precision", "master"]
+    budget = smallest_budget(model_dir, capsys, *how)
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert main(["plan", str(model_dir), "--budget", budget, "--json", str(plan), *SHAPE, *how]) == 0
+    steps = 3 * len(from_json(plan.read_text(), Plan).schedule.steps)
+    files = ["--data", str(text_file), "--out", str(out), "--steps", str(steps), "--lr", "1e-2", "--measure"]
+    capsys.readouterr()
+    assert main(["train", str(model_dir), "--schedule", str(plan), "--dtype", "bf16", *SHAPE, *files]) == 0
+    said = capsys.readouterr().err
+    before, after = (float(said.split(f"held-out perplexity {when}: ")[1].split()[0]) for when in ("before", "after"))
+    assert after < before
+    assert {value.dtype for value in AutoModelForCausalLM.from_pretrained(out).state_dict().values()} == {torch.bfloat16}

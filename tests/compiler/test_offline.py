@@ -19,8 +19,10 @@ from chunkft_compile.planner import BudgetError, Chunk, Cost, Kind, Placement, P
 from chunkft_compile.planner.devices import find_device
 from chunkft_compile.presets import PRESETS
 from chunkft_compile.runtime.chunks import split_for_budget
-from chunkft_compile.runtime.optimizers import measure_optimizer
+from chunkft_compile.runtime.precision import Precision
+from chunkft_compile.runtime.precision_costs import measure_update
 from chunkft_compile.solving import fingerprint
+from chunkft_compile.widening import widen_gradients
 
 CPU = torch.device("cpu")
 BUDGET = 1_000_000
@@ -47,24 +49,33 @@ def _timeless(problem: Problem) -> Problem:
     return replace(problem, kinds=tuple(map(kind, problem.kinds)), chunks=tuple(map(chunk, problem.chunks)), links=links)
 
 
-def _real_problem(model: nn.Module, costs: OperatorCosts, optimizer: Any) -> Problem:
+def _real_problem(model: nn.Module, costs: OperatorCosts, optimizer: Any, precision: Precision) -> Problem:
     """What a training call would plan on."""
     ids = torch.zeros(2, 10, dtype=torch.int64)
-    found = capture(model.train(), (), {"input_ids": ids, "labels": ids})
-    chunks = split_for_budget(model, BUDGET)
-    cost = measure_optimizer(optimizer, layouts_of(chunks), CPU)
-    setting = Setting(BUDGET, chunks, cost, find_device("cpu").links)
-    anchor = torch.zeros((), requires_grad=True)
-    return Compiled(found, fixed_nbytes(model_nbytes(model), found, [anchor, ids]), costs, setting).problem(accumulating=False)
+    found = widen_gradients(capture(model.train(), (), {"input_ids": ids, "labels": ids}), precision)
+    chunks = split_for_budget(model, BUDGET, wide=precision is not Precision.PLAIN)
+    cost = measure_update(optimizer, layouts_of(chunks), CPU, precision)
+    setting = Setting(BUDGET, chunks, cost, find_device("cpu").links, precision=precision)
+    fixed = [torch.zeros((), requires_grad=True), ids, *(chunk.stand_in for chunk in chunks if chunk.stand_in is not None)]
+    return Compiled(found, fixed_nbytes(model_nbytes(model), found, fixed), costs, setting).problem(accumulating=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, Precision.PLAIN),
+        pytest.param(torch.bfloat16, Precision.PLAIN, marks=pytest.mark.slow),
+        (torch.bfloat16, Precision.MASTER),
+        pytest.param(torch.bfloat16, Precision.STOCHASTIC, marks=pytest.mark.slow),
+        pytest.param(torch.float16, Precision.MASTER, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("config", [pytest.param(LLAMA, id="llama"), pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow)])
-def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: torch.dtype) -> None:
+def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: torch.dtype, precision: Precision) -> None:
     costs = OperatorCosts(CPU)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    real = _real_problem(model, costs, torch.optim.AdamW([nn.Parameter(torch.zeros(2))], fused=True))
-    offline = OfflineModel(config, Shape(2, 10), dtype, find_device("cpu"), costs=costs)
+    real = _real_problem(model, costs, torch.optim.AdamW([nn.Parameter(torch.zeros(2))], fused=True), precision)
+    offline = OfflineModel(config, Shape(2, 10), dtype, find_device("cpu"), costs=costs, precision=precision)
     found = offline.problem(BUDGET, "adamw-fused", Choices())
     # its few scalars, scaled from another shape
     assert all(abs(a.update_nbytes - b.update_nbytes) <= 16 for a, b in zip(found.chunks, real.chunks, strict=True))
@@ -73,12 +84,13 @@ def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_deep_model_from_three_layers_is_that_of_a_full_capture(tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "precision"), [(False, Precision.PLAIN), (True, Precision.PLAIN), (False, Precision.MASTER)])
+def test_a_deep_model_from_three_layers_is_that_of_a_full_capture(tied: bool, precision: Precision) -> None:
     config = transformers.LlamaConfig(
         **{**TINY, "num_hidden_layers": 5}, intermediate_size=24, max_position_embeddings=32, tie_word_embeddings=tied, use_cache=False
     )
-    whole, stretched = (OfflineModel(config, Shape(2, 10), torch.bfloat16, find_device("rtx3090"), whole=w) for w in (True, False))
+    card, shape = find_device("rtx3090"), Shape(2, 10)
+    whole, stretched = (OfflineModel(config, shape, torch.bfloat16, card, whole=w, precision=precision) for w in (True, False))
     for budget in (10_000, 10**6, 10**9):
         assert stretched.problem(budget, "adamw", Choices()) == whole.problem(budget, "adamw", Choices())
 

@@ -6,7 +6,7 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, c
 from chunkft_compile.planner.schedules import from_json, to_json
 from tests.planner.test_schedules import PROBLEM, SCHEDULE
 
-HERE = Fingerprint("abc", ("a[0:2]", "a[2:4]", "b[0:1]"), ("input_ids int64 [1, 8]",), "float32", "cpu", "AdamW", False, "2.13.0")
+HERE = Fingerprint("abc", ("a[0:2]", "a[2:4]", "b[0:1]"), ("input_ids int64 [1, 8]",), "float32", "cpu", "AdamW", False, "2.13.0", "plain")
 
 
 def test_a_plan_survives_a_round_trip() -> None:
@@ -30,6 +30,7 @@ def test_the_same_is_accepted() -> None:
         ({"inputs": ("input_ids int64 [2, 8]",)}, r"inputs: the plan has input_ids int64 \[1, 8\], here it is input_ids int64 \[2, 8\]"),
         ({"optimizer": "SGD"}, "optimizer: the plan has AdamW, here it is SGD"),
         ({"accumulating": True}, "accumulating: the plan has False, here it is True"),
+        ({"precision": "master"}, "precision: the plan has plain, here it is master"),
         ({"torch": "2.14.0"}, "torch: the plan has 2.13.0, here it is 2.14.0"),
     ],
 )

@@ -72,7 +72,7 @@ def test_schedules_survive_a_round_trip() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 2', '"version": 1', "has version 1, this library reads version 2"),
+        ('"version": 3', '"version": 2', "has version 2, this library reads version 3"),
         ('"type": "Schedule"', '"type": "Problem"', "holds a 'Problem', expected a 'Schedule'"),
         ('"status"', '"mood"', "Schedule has the unknown field 'mood'"),
         ('"update": "held"', '"update": "later"', "update must be one of held, immediate, got 'later'"),
