@@ -393,7 +393,8 @@ class _Step(torch.autograd.Function):
         tangents = {}
         for value, gradient, (shape, dtype, device) in zip(ctx.arrivals, gradients, ctx.like, strict=True):
             if value is not None:
-                tangents[value] = gradient if gradient is not None else torch.zeros(shape, dtype=dtype, device=device)
+                # the plan counts its bytes; that of a sum is one number expanded, and operators would copy it on their own account
+                tangents[value] = gradient.contiguous() if gradient is not None else torch.zeros(shape, dtype=dtype, device=device)
         with Autocast.ambient(ctx.device).off():
             ctx.run.backward(tangents)
         return None, None, None, None

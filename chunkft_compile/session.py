@@ -20,7 +20,7 @@ from chunkft_compile.budget import format_nbytes
 from chunkft_compile.capture import capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
-from chunkft_compile.errors import BudgetError, TrainingError
+from chunkft_compile.errors import BudgetError, PlanMismatch, TrainingError
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
@@ -269,6 +269,8 @@ class Session:
         asked = {*(solving.state or ()), *(solving.weights or ())}
         if plan is not None:
             asked |= {*plan.schedule.places.state, *plan.schedule.places.weights}
+        if strange := asked - {Placement.DEVICE, *self.stores.placements}:
+            raise PlanMismatch(f"the plan keeps something on the {min(strange)}, which a {self.device.type} does not have; plan again")
         return [place for place in Placement if place is not Placement.DEVICE and (place in asked or place is self.stores.placements[0])]
 
     def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
@@ -396,11 +398,12 @@ class Session:
         """An optimizer built after the plan: hold its step to what was planned, before anything is changed."""
         cost = self._measure([optimizer], self.chunks)
         self.mover.keep(cost.tables)
-        more = max(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout)
+        more = max(cost.together_nbytes(layout) - assumed.together_nbytes(layout) for layout in cost.of_layout)
+        more = max(more, *(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout))
         more += cost.table_nbytes - assumed.table_nbytes
-        if more > 0 or any(own > other for own, other in zip(cost.overlap, assumed.overlap, strict=True)):
+        if more > 0:
             raise TrainingError(
-                f"the plan assumed {assumed.name}, and {cost.name} needs up to {format_nbytes(max(more, 1))} more for a chunk; "
+                f"the plan assumed {assumed.name}, and {cost.name} needs up to {format_nbytes(more)} more for a chunk; "
                 f"build the optimizer before the first training call, or before model.plan()"
             )
         self._known |= {type(optimizer)}

@@ -10,11 +10,11 @@ cannot be told apart, and counts.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 
-from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline
+from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline, simulate
 from chunkft_compile.planner.units import format_nbytes
 from chunkft_compile.runtime.allocators import install
 from chunkft_compile.runtime.chunks import BLOCK_NBYTES
@@ -43,8 +43,8 @@ class Watch:
     def anchor(self, number: int) -> None:
         """Instruction `number` comes next, after code that no plan knows; see NOTE [what is compared]."""
 
-    def anchor_update(self, instruction: Instruction) -> None:
-        """As `anchor`, before the first instruction of an `optimizer.step()` of HELD gradients."""
+    def begin_update(self, instructions: Sequence[Instruction]) -> None:
+        """These follow, in an `optimizer.step()` of HELD gradients: those of the program, as far as they are about its chunks."""
 
     def look(self, number: int) -> None:
         """Instruction `number` is done. What it took is noted, for `settle`."""
@@ -57,9 +57,9 @@ class Watch:
         self.look(number)
         self.settle()
 
-    def number_of(self, instruction: Instruction) -> int:
-        """The number of an instruction, or of the one that it is a part of: it moves or updates some of its chunks."""
-        return 0
+    def number_of(self, place: int) -> int:
+        """The number of the instruction at this place of those that `begin_update` was given."""
+        return place
 
 
 class Guard:
@@ -96,7 +96,7 @@ class _Watching(Watch):
         self._moments, self._title, self._absent_nbytes, self._unmade = timeline.moments, title, absent_nbytes, unmade
         self._others_nbytes = self._live_nbytes = 0
         self._updated: list[int] = []
-        self._watching = True
+        self._first = 0
         self._broken: MemoryPromiseError | None = None
 
     def anchor(self, number: int) -> None:
@@ -106,25 +106,19 @@ class _Watching(Watch):
         self._live_nbytes = self._moments[number].before_nbytes - absent_nbytes
         self._others_nbytes = self._gauge.read().live_nbytes - self._live_nbytes
 
-    def anchor_update(self, instruction: Instruction) -> None:
-        """See `Watch.anchor_update`."""
-        number = self.number_of(instruction)
-        if number < self._update_starts:
-            # a fetch that belongs into the backward, which knew of no optimizer: nothing was promised for so late a one
-            self._watching = False
-        else:
-            self.anchor(number)
-
-    @cached_property
-    def _update_starts(self) -> int:
-        """The number of the first instruction behind the backward."""
+    def begin_update(self, instructions: Sequence[Instruction]) -> None:
+        """See `Watch.begin_update`."""
         steps = self._program.instructions
-        return 1 + max(number for number, step in enumerate(steps) if step.op is not Op.UPDATE and not step.chunks)
+        start = 1 + max(number for number, step in enumerate(steps) if step.op is not Op.UPDATE and not step.chunks)
+        late = {chunk for step in instructions if step.op is Op.FETCH for chunk in step.chunks}  # the backward knew of no optimizer
+        before = [replace(step, chunks=tuple(chunk for chunk in step.chunks if chunk not in late)) for step in steps[:start]]
+        self._program = replace(self._program, instructions=(*before, *instructions))
+        self._moments = simulate(self._program).moments
+        self._first = start
+        self.anchor(start)
 
     def look(self, number: int) -> None:
         """See `Watch.look`."""
-        if not self._watching:
-            return
         live, peak = self._gauge.read()
         before, self._live_nbytes = self._live_nbytes, live - self._others_nbytes
         instruction, moment = self._program.instructions[number], self._moments[number]
@@ -141,14 +135,9 @@ class _Watching(Watch):
         if self._broken is not None:
             raise self._broken
 
-    def number_of(self, instruction: Instruction) -> int:
+    def number_of(self, place: int) -> int:
         """See `Watch.number_of`."""
-        return self._number_of[instruction.op, instruction.chunks[0]]
-
-    @cached_property
-    def _number_of(self) -> dict[tuple[Op, int], int]:
-        """In one step, a chunk is fetched, updated and evicted once."""
-        return {(whole.op, chunk): number for number, whole in enumerate(self._program.instructions) for chunk in whole.chunks}
+        return self._first + place
 
     def _error(self, number: int, measured: Moment, promised: Moment) -> MemoryPromiseError:
         during = measured.peak_nbytes > promised.peak_nbytes

@@ -63,13 +63,20 @@ class OptimizerCost:
         return storage_nbytes(self.tables.values())
 
     def transient_nbytes(self, layouts: Sequence[Layout]) -> int:
-        """Bytes while stepping chunks of these layouts together, at most: copies are there for all of them, and rounded one by one."""
+        """Bytes while stepping chunks of these layouts together, at most.
+
+        Copies are there for all of them; then they are rounded one by one, in this order, and each copy of weights goes.
+        """
         costs = [self.of_layout[layout] for layout in layouts]
         first, *others = sorted((cost.transient_nbytes for cost in costs), reverse=True)
         second, later = self.overlap
         step = math.ceil(first + second * sum(others[:1]) + later * sum(others[1:]))
-        weights, gradients = sum(cost.weight_copy_nbytes for cost in costs), sum(cost.gradient_copy_nbytes for cost in costs)
-        return weights + max(gradients + step, *(cost.rounding_nbytes for cost in costs))
+        peak = step + sum(cost.weight_copy_nbytes + cost.gradient_copy_nbytes for cost in costs)
+        left = 0
+        for cost in reversed(costs):
+            left += cost.weight_copy_nbytes
+            peak = max(peak, left + cost.rounding_nbytes)
+        return peak
 
     def us(self, layouts: Sequence[Layout]) -> int:
         """Microseconds of stepping chunks of these layouts: a chunk costs the same alone and among others."""
@@ -78,6 +85,10 @@ class OptimizerCost:
     def alone_nbytes(self, layout: Layout) -> int:
         """State and transient of one chunk stepped alone."""
         return self.of_layout[layout].state_nbytes + self.transient_nbytes([layout])
+
+    def together_nbytes(self, layout: Layout) -> int:
+        """State and transient of a few such chunks stepped together."""
+        return _TOGETHER * self.of_layout[layout].state_nbytes + self.transient_nbytes([layout] * _TOGETHER)
 
     def at_least(self, other: "OptimizerCost") -> "OptimizerCost":
         """The larger of both, layout by layout: for chunks of a layout that are split between two optimizers."""
@@ -199,8 +210,9 @@ def overlap(calls: Sequence[CallCost], device: torch.device) -> tuple[float, flo
     What does not grow with the chunk is left out: it would lower the ratios.
     """
     one, two, three = (call.peak_nbytes for call in calls)
-    least = one - _scalars_nbytes(device)
-    if one == 0:
+    scalars = _scalars_nbytes(device)
+    least = one - scalars
+    if three <= scalars:
         return 0.0, 0.0
     if least <= 0:
         return 1.0, 1.0

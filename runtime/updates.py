@@ -13,7 +13,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -177,22 +177,22 @@ class Updater:
         self._evict({number: optimizer for number in mine if number not in self._prefetched})
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
         if _overflowed(optimizer):
-            self._pending = _Pending(optimizer, (), gradients)
+            self._pending = _Pending(optimizer, (), 0, gradients)
             self._show(gradients, ())
             return
         instructions = _restricted(self._program(optimizer), ready, self._prefetched.keys())
         last = max(i for i, instruction in enumerate(instructions) if instruction.op is Op.UPDATE)
-        self._pending = _Pending(optimizer, instructions[last:], gradients)
+        self._pending = _Pending(optimizer, instructions, last, gradients)
         self._show(gradients, ())
         watch = self._watch()
-        watch.anchor_update(instructions[0])
+        watch.begin_update(instructions)
         try:
-            for instruction in instructions[:last]:
+            for place, instruction in enumerate(instructions[:last]):
                 self._execute(instruction, optimizer, gradients)
-                watch.check(watch.number_of(instruction))
+                watch.check(watch.number_of(place))
             self._await(instructions[last].chunks)
             self._show(gradients, instructions[last].chunks)
-            self._pending.last = self._rounding.begin(optimizer, [self._chunks[number] for number in instructions[last].chunks])
+            self._pending.wide = self._rounding.begin(optimizer, [self._chunks[number] for number in instructions[last].chunks])
         except BaseException:
             self._recover_step()
             raise
@@ -217,8 +217,8 @@ class Updater:
                 self._done(applied)
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            if pending.last is not None:
-                pending.last.abandon()
+            if pending.wide is not None:
+                pending.wide.abandon()
             self._show(pending.gradients, tuple(pending.gradients))
             for number in self._stepped:
                 self._chunks[number].leaf.grad = None
@@ -235,18 +235,17 @@ class Updater:
         if self._pending is None or self._pending.optimizer is not optimizer:
             return
         pending, self._pending = self._pending, None
-        if pending.last is not None:
-            pending.last.finish()
-        watch, (last, *rest) = self._watch(), pending.instructions or (None,)
-        if last is not None:
-            watch.look(watch.number_of(last))
-        for instruction in rest:
-            self._execute(instruction, optimizer, pending.gradients)
-            watch.look(watch.number_of(instruction))
+        if pending.wide is not None:
+            pending.wide.finish()
+        watch = self._watch()
+        for place, instruction in enumerate(pending.instructions[pending.last :], pending.last):
+            if place > pending.last:  # the update itself was the user's call
+                self._execute(instruction, optimizer, pending.gradients)
+            watch.look(watch.number_of(place))
         self._mover.synchronize()
         self._show(pending.gradients, tuple(pending.gradients))
         self._stepped = set()
-        if last is not None:
+        if pending.instructions:
             self._done(frozenset(pending.gradients))
             watch.settle()  # after all is in its place: this step is complete, whatever it took
 
@@ -331,15 +330,16 @@ class Fetcher:
 
 @dataclass
 class _Pending:
-    """A step of the user's that is under way: its last update and what comes after it, all gradients, and that group's fp32 leaves.
+    """A step of the user's that is under way: its instructions, the place of the last update, all gradients, that group's fp32 leaves.
 
     A step that the user's scaler skips has no instructions.
     """
 
     optimizer: Optimizer
     instructions: Sequence[Instruction]
+    last: int
     gradients: Mapping[int, torch.Tensor]
-    last: WideStep | None = None
+    wide: WideStep | None = None
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
@@ -391,5 +391,5 @@ def _restricted(instructions: Sequence[Instruction], ready: set[int], here: Coll
         wanted = ready.difference(here) if instruction.op is Op.FETCH else ready
         chunks = tuple(number for number in instruction.chunks if number in wanted)
         if chunks:
-            kept.append(Instruction(instruction.op, chunks=chunks))
+            kept.append(replace(instruction, chunks=chunks))
     return kept

@@ -103,12 +103,12 @@ def test_a_changed_trainable_set_is_named(written: Path) -> None:
         _train(compiled, optimizer, 1)
 
 
-def test_weights_beside_the_device_are_refused(written: Path) -> None:
+def test_places_that_this_device_does_not_have_are_refused(written: Path) -> None:
     planned = from_json(written.read_text(), Plan)
-    weights = (Placement.DISK, *planned.schedule.places.weights[1:])
+    weights = (Placement.HOST, *planned.schedule.places.weights[1:])
     away = replace(planned, schedule=replace(planned.schedule, places=replace(planned.schedule.places, weights=weights)))
     compiled, optimizer = _compiled(schedule=away)
-    with pytest.raises(PlanMismatch, match="keeps weights beside the device"):
+    with pytest.raises(PlanMismatch, match="keeps something on the host, which a cpu does not have"):
         _train(compiled, optimizer, 1)
 
 
@@ -174,7 +174,7 @@ def test_preferences_reach_the_planner() -> None:
 
 
 def test_a_refused_budget_names_the_largest_tensors() -> None:
-    model, _ = _compiled(budget="40kB")
+    model, _ = _compiled(budget="20kB")
     with pytest.raises(chunkft_compile.BudgetError, match="the largest tensors then") as caught:
         model.plan(**token_batch())
     lines = str(caught.value).splitlines()

@@ -55,8 +55,9 @@ def test_training_goes_on_bit_for_bit_after_a_restart(precision: str, update: st
     assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_resumed_master_is_more_than_its_weight() -> None:
+def test_a_resumed_master_is_more_than_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its masters, the same restart ends elsewhere: the test above would see that they are missing."""
+    monkeypatch.setenv("CHUNKFT_GUARD", "0")  # masters that vanish are made again in a step that did not plan for it
     ends = []
     for keep in (True, False):
         model = compile_quickly(BF16.build(), PLENTY, precision="master")

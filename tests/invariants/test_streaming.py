@@ -58,7 +58,7 @@ def test_the_peak_is_predicted_and_lower(allocator: Allocator, workshop: Worksho
     workshop.capture(case.build(), (), case.batch(0) | ({} if case.name == "bert" else {"use_cache": False}))
     streamed, kept = _peaks(allocator, case, updates, away=True), _peaks(allocator, case, updates, away=False)
     for step in (*streamed, *kept):
-        assert 0 <= step.predicted - step.measured <= SCALARS
+        assert 0 <= step.predicted - step.measured <= 2 * SCALARS  # of two chunks stepped together
     assert max(step.measured for step in streamed) < max(step.measured for step in kept)
 
 

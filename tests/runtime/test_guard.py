@@ -1,6 +1,7 @@
 """The guard on scripted readings: what is compared, what is left out, and what a broken promise is told."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,11 +92,20 @@ def test_state_that_is_yet_to_be_made_was_promised_from_the_start() -> None:
 
 def test_what_was_updated_is_named() -> None:
     watch, _ = _watch((1050, 1050), (1130, 1130), (1130, 1141))
-    first = Instruction(Op.FETCH, chunks=(0,))
-    watch.anchor(watch.number_of(first))
-    watch.check(watch.number_of(first))
+    watch.begin_update(PROGRAM.instructions[2:])
+    watch.check(watch.number_of(0))
     with pytest.raises(MemoryPromiseError, match=r"All chunks of the step were updated \(a\[0:2\], b\[0:2\]\)"):
-        watch.check(watch.number_of(Instruction(Op.UPDATE, chunks=(0, 1))))
+        watch.check(watch.number_of(1))
+
+
+def test_one_of_two_optimizers_takes_its_part_of_the_promise() -> None:
+    mine = tuple(replace(step, chunks=(1,)) for step in PROGRAM.instructions[2:])
+    watch, _ = _watch((1050, 1050), (1090, 1090), (1090, 1100), (1090, 1090), (1051, 1090))
+    watch.begin_update(mine)
+    for place in range(3):
+        watch.check(watch.number_of(place))
+    with pytest.raises(MemoryPromiseError, match=r"instruction 6 of 6 \(FREE\): 1051 bytes left live.* at most 1050"):
+        watch.check(watch.number_of(3))
 
 
 def test_the_first_breach_is_the_one_that_is_told_and_it_can_wait() -> None:

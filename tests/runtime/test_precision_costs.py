@@ -65,7 +65,7 @@ def test_transients_are_those_of_a_real_step(allocator: Allocator, precision: Pr
     rounding.step(optimizer, chunks)
     measured = allocator.peak() - before
     assert allocator.live() == before
-    assert 0 <= cost.transient_nbytes(group) - measured <= 64 * len(group)
+    assert 0 <= cost.transient_nbytes(group) - measured <= 80 * len(group)  # one-element tensors
 
 
 def test_fp16_gradients_need_no_copy() -> None:
