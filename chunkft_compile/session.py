@@ -20,7 +20,7 @@ from chunkft_compile.budget import format_nbytes
 from chunkft_compile.capture import capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
-from chunkft_compile.errors import BudgetError, PlanMismatch, TrainingError
+from chunkft_compile.errors import BudgetError, TrainingError
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
@@ -269,9 +269,7 @@ class Session:
         asked = {*(solving.state or ()), *(solving.weights or ())}
         if plan is not None:
             asked |= {*plan.schedule.places.state, *plan.schedule.places.weights}
-        if strange := asked - {Placement.DEVICE, *self.stores.placements}:
-            raise PlanMismatch(f"the plan keeps something on the {min(strange)}, which a {self.device.type} does not have; plan again")
-        return [place for place in Placement if place is not Placement.DEVICE and (place in asked or place is self.stores.placements[0])]
+        return [place for place in self.stores.placements if place in asked or place is self.stores.placements[0]]
 
     def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
         """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""

@@ -108,7 +108,7 @@ def test_places_that_this_device_does_not_have_are_refused(written: Path) -> Non
     weights = (Placement.HOST, *planned.schedule.places.weights[1:])
     away = replace(planned, schedule=replace(planned.schedule, places=replace(planned.schedule.places, weights=weights)))
     compiled, optimizer = _compiled(schedule=away)
-    with pytest.raises(PlanMismatch, match="keeps something on the host, which a cpu does not have"):
+    with pytest.raises(PlanMismatch, match="keeps something on the host, which this device does not use"):
         _train(compiled, optimizer, 1)
 
 
