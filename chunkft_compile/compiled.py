@@ -230,7 +230,7 @@ class Compiled:
             nbytes, link = self.setting.state_nbytes(number), self.setting.link(place)
             fetch_us, evict_us = link.read_us(nbytes), link.write_us(nbytes)
         if number in streams.evict_us and when is When.HELD:
-            nbytes += rows_nbytes(chunk)
+            nbytes += rows_nbytes(chunk, torch.device(self.setting.device))
             fetch_us += streams.fetch_us[chunk.param] * chunk.nbytes // max(1, streams.nbytes[chunk.param])
             evict_us += streams.evict_us[number]
         return _Move(nbytes, fetch_us, evict_us)
@@ -278,9 +278,9 @@ def fixed_nbytes(model_nbytes: int, capture: Capture, batch: Sequence[torch.Tens
     return model_nbytes + storage_nbytes([*batch, *capture.constants.values()]) + _outputs_nbytes(capture)
 
 
-def model_nbytes(model: nn.Module) -> int:
-    """Weights and buffers of a model, all on its device."""
-    return storage_nbytes([*model.parameters(), *model.buffers()])
+def model_nbytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Weights and buffers of a model, all on its device or on `device`."""
+    return storage_nbytes([*model.parameters(), *model.buffers()], device)
 
 
 def _layout(chunk: Chunk) -> tuple[tuple[int, ...], torch.dtype]:

@@ -14,6 +14,7 @@ from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.compiled import Compiled
+from chunkft_compile.elsewhere import visiting
 from chunkft_compile.errors import TrainingError
 from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
@@ -41,6 +42,7 @@ def compile(
     model: nn.Module,
     budget: str | int | None = None,
     *,
+    device: str | torch.device | None = None,
     schedule: str | Path | Plan | None = None,
     accumulation: bool = False,
     update: Literal["held", "auto", "immediate"] = "held",
@@ -61,7 +63,8 @@ def compile(
     occupy while training: weights, buffers, batch, saved values, gradients, optimizer state, operator temporaries. What the
     training loop allocates outside the model is not in it.
 
-    `accumulation` plans for several backwards per optimizer step from the start; without it, the first second backward makes
+    `device` is where it trains, if not where it is: a model on the CPU whose weights do not fit on the accelerator goes there as far as
+    the plan says. `accumulation` plans for several backwards per optimizer step from the start; without it, the first second backward makes
     a new plan. `update` says when gradients are applied: "held" at `optimizer.step()`, so that they can be clipped and accumulated;
     "immediate" inside backward, each as soon as it is complete, which frees it at once (`optimizer.step()` is still called, after
     every backward); "auto" leaves it to the planner, step by step. `outputs="all"` keeps every output of the model through the
@@ -83,7 +86,7 @@ def compile(
     is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
     nothing to train, accumulation with immediate updates, and a precision that means nothing to the dtypes of its weights.
     """
-    device = _device_of(model)
+    device = torch.empty(0, device=device).device if device is not None else _device_of(model)  # with its index
     plan = read_plan(schedule) if schedule is not None else None
     chosen = _precision(model, precision, plan)
     if plan is not None:
@@ -104,7 +107,8 @@ def compile(
     directory = Path(store) if store is not None else None
     solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state), _places(weights))
     budget_nbytes = _budget(budget, plan, device)
-    return ChunkedModule(model, Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen))
+    wanted = Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen)
+    return ChunkedModule(model, device, wanted)
 
 
 def _precision(model: nn.Module, given: str | None, plan: Plan | None) -> Precision:
@@ -151,13 +155,12 @@ class ChunkedModule(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, options: Options) -> None:
         super().__init__()
         self.module = model
         self.training = model.training
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter (requires_grad is False everywhere): nothing to compile")
-        device = _device_of(model)
         self._device = device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._session = Session(model, device, options, self._anchor)
@@ -246,7 +249,8 @@ class ChunkedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
         if not torch.is_grad_enabled():
-            return self.module(*args, **kwargs)
+            with visiting(self.module, self._device):
+                return self.module(*args, **kwargs)
         self._refuse_overlap()
         self._refuse_frozen()
         autocast = Autocast.ambient(self._device)

@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import format_nbytes
-from chunkft_compile.capture import capture
+from chunkft_compile.capture import Capture, capture
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
+from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import BudgetError, TrainingError
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
@@ -66,15 +67,15 @@ class Session:
         self.model = model
         self.options = options
         self.rounding = Rounding(options.precision, device, options.solving.seed)
-        self.chunks = self._split(options.budget_nbytes)
         self.device = device
+        self.chunks = self._split(options.budget_nbytes)
         self.accumulating = options.accumulation
         self.sweep: Sweep | None = None
         self.latest: Compiled | None = None
         self.problem: Problem | None = None
         self.stores = Stores(device, options.directory)
         self.keeper = WeightKeeper(model, self.chunks, self.stores, device)
-        self._model_nbytes = model_nbytes(model)
+        self._model_nbytes = model_nbytes(model, device) + self.keeper.nbytes
         self._number = {id(chunk): number for number, chunk in enumerate(self.chunks)}
         self.steps = 0
         self.guard = open_guard(device, [chunk.name for chunk in self.chunks], [*model.parameters(), *model.buffers()])
@@ -112,7 +113,7 @@ class Session:
         key = (str(spec), signature, tuple(module.training for module in self.model.modules()), autocast)
         if key not in self._compiled:
             with autocast.on():
-                found = capture(self.model, args, kwargs, loss_only=self.options.loss_only)
+                found = self._capture(args, kwargs)
             found = widen_gradients(found, self.options.precision)
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
@@ -123,6 +124,13 @@ class Session:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return self._compiled[key]
+
+    def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+        """The joint graph, as if all weights were on the device."""
+        if not is_elsewhere(self.model, self.device):
+            return capture(self.model, args, kwargs, loss_only=self.options.loss_only)
+        with faked(self.model, self.device, args, kwargs) as (fake_args, fake_kwargs):
+            return capture(self.model, fake_args, fake_kwargs, loss_only=self.options.loss_only)
 
     def plan(self, compiled: Compiled) -> None:
         """Make sure that every step of the schedule holds the budget on this signature."""
@@ -247,7 +255,8 @@ class Session:
         return tuple(sorted({name for program in programs for name in program.dense}))
 
     def _split(self, budget_nbytes: int) -> tuple[Chunk, ...]:
-        return split_for_budget(self.model, budget_nbytes, wide=self.options.precision is not Precision.PLAIN)
+        wide = self.options.precision is not Precision.PLAIN
+        return split_for_budget(self.model, budget_nbytes, wide=wide, device=self.device)
 
     def _get_setting(self) -> Setting:
         """Costs that do not depend on the batch, measured once the user's optimizers can be found."""

@@ -48,21 +48,36 @@ class Chunk:
         """Its rows of a tensor in the shape of the weight."""
         return data[self.start : self.stop] if data.dim() else data
 
-    def show(self, rows: torch.Tensor | None) -> None:
-        """From now on its weights are these, or those of the model if None; a leaf that is not `stand_in` is a view of them."""
+    def show(self, rows: torch.Tensor | None, leaf: torch.Tensor | None = None) -> None:
+        """From now on its weights are these, or those of the model if None; a leaf that is not `stand_in` is a view of them, or `leaf`."""
         self._elsewhere[:] = [] if rows is None else [rows]
         if self.stand_in is None:
-            self.leaf.data = self.rows
+            set_data(self.leaf, self.rows if leaf is None else leaf)
 
 
-def split_parameters(model: nn.Module, limit_nbytes: int, *, wide: bool = False) -> tuple[Chunk, ...]:
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """`tensor.data = data`, also where that is not allowed: from the CPU to a device that torch has no name for, and back."""
+    # private (2.13.0), and what `nn.Module.to` asks before it does the same
+    if torch._has_compatible_shallow_copy_type(tensor, data):
+        tensor.data = data
+        return
+    gradient, tensor.grad = tensor.grad, None
+    made = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data.detach()
+    # the object stays the one that optimizers and modules hold
+    torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
+    tensor.grad = gradient
+
+
+def split_parameters(model: nn.Module, limit_nbytes: int, *, wide: bool = False, device: torch.device | None = None) -> tuple[Chunk, ...]:
     """Every trainable parameter of `model` in chunks of at most `limit_nbytes` (but at least one row), evenly sized.
 
     Tied parameters appear once, under their first name. The chunks cover every trainable element exactly once. With `wide`, the
-    leaves of bf16 and fp16 parameters are fp32.
+    leaves of bf16 and fp16 parameters are fp32, with their stand-ins on `device` if it is another one than that of the weights.
     """
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    return tuple(chunk for name, weight in trained for chunk in _split(name, weight, limit_nbytes, wide=wide and is_half(weight.dtype)))
+    return tuple(
+        chunk for name, weight in trained for chunk in _split(name, weight, limit_nbytes, device, wide=wide and is_half(weight.dtype))
+    )
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -70,7 +85,7 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _split(name: str, weight: nn.Parameter, limit_nbytes: int, *, wide: bool) -> Iterator[Chunk]:
+def _split(name: str, weight: nn.Parameter, limit_nbytes: int, device: torch.device | None, *, wide: bool) -> Iterator[Chunk]:
     if weight.numel() == 0:
         raise ValueError(f"parameter {name} is empty {tuple(weight.shape)}; freeze it: requires_grad_(False)")
     data = weight.detach()
@@ -82,21 +97,21 @@ def _split(name: str, weight: nn.Parameter, limit_nbytes: int, *, wide: bool) ->
     for start in range(0, size, length):
         stop = min(start + length, size)
         rows = data[start:stop] if data.dim() else data
-        stand_in = _stand_in(rows) if wide else None
+        stand_in = _stand_in(rows, device or rows.device) if wide else None
         leaf = nn.Parameter(rows if stand_in is None else stand_in)
         if wide:
             leaf.grad_dtype = None  # `.grad` has the dtype of the weights between backward and step, and fp32 in the step
         yield Chunk(name, start, stop, size, weight, leaf, stand_in)
 
 
-def _stand_in(rows: torch.Tensor) -> torch.Tensor:
+def _stand_in(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """fp32 NaN in the shape of `rows`, with the bytes of one element. Each chunk has its own: a write into it reaches no other."""
-    return torch.full((), math.nan, dtype=torch.float32, device=rows.device).expand(rows.shape)
+    return torch.full((), math.nan, dtype=torch.float32, device=device).expand(rows.shape)
 
 
-def split_for_budget(model: nn.Module, budget_nbytes: int, *, wide: bool = False) -> tuple[Chunk, ...]:
+def split_for_budget(model: nn.Module, budget_nbytes: int, *, wide: bool = False, device: torch.device | None = None) -> tuple[Chunk, ...]:
     """The chunks of `model` under a budget, see `chunk_limit_nbytes` and `split_parameters`."""
-    return split_parameters(model, chunk_limit_nbytes(model, budget_nbytes), wide=wide)
+    return split_parameters(model, chunk_limit_nbytes(model, budget_nbytes), wide=wide, device=device)
 
 
 def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
@@ -110,15 +125,19 @@ def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
     return max(1 << (room.bit_length() - 1), weights // 512)
 
 
-def rows_nbytes(chunk: Chunk) -> int:
-    """Bytes that the allocator of its device counts for a copy of the rows of a chunk."""
-    block = 1 if chunk.leaf.device.type in ("cpu", "meta") else BLOCK_NBYTES
+def rows_nbytes(chunk: Chunk, device: torch.device) -> int:
+    """Bytes that the allocator of `device` counts for a copy of the rows of a chunk."""
+    block = _block_nbytes(device)
     return -(-chunk.nbytes // block) * block
 
 
-def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`: views and tied weights count once."""
-    return sum({t.untyped_storage()._cdata: allocated_nbytes(t) for t in tensors}.values())
+def _block_nbytes(device: torch.device) -> int:
+    return 1 if device.type in ("cpu", "meta") else BLOCK_NBYTES
+
+
+def storage_nbytes(tensors: Iterable[torch.Tensor], device: torch.device | None = None) -> int:
+    """Bytes of the distinct storages behind `tensors`, on `device` or where they are: views and tied weights count once."""
+    return sum({t.untyped_storage()._cdata: allocated_nbytes(t, device) for t in tensors}.values())
 
 
 def with_blocks(mode: FakeTensorMode, block_nbytes: int) -> FakeTensorMode:
@@ -127,9 +146,9 @@ def with_blocks(mode: FakeTensorMode, block_nbytes: int) -> FakeTensorMode:
     return mode
 
 
-def allocated_nbytes(tensor: torch.Tensor) -> int:
-    """Bytes that the allocator of its device counts for the storage of a (fake) tensor."""
+def allocated_nbytes(tensor: torch.Tensor, device: torch.device | None = None) -> int:
+    """Bytes that the allocator of its device, or of another, counts for the storage of a (fake) tensor."""
     nbytes = tensor.untyped_storage().nbytes()
-    usual = 1 if tensor.device.type in ("cpu", "meta") else BLOCK_NBYTES
+    usual = _block_nbytes(device or tensor.device)
     block = int(getattr(tensor.fake_mode, _BLOCKS, usual)) if isinstance(tensor, FakeTensor) else usual
     return -(-nbytes // block) * block

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from chunkft_compile.planner.problem import Placement
-from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.chunks import Chunk, set_data, storage_nbytes
 from chunkft_compile.runtime.store import Copy, Store
 from chunkft_compile.runtime.stores import Stores
 
@@ -27,11 +27,18 @@ class WeightKeeper:
         self._numbers: dict[str, list[int]] = defaultdict(list)
         for number, chunk in enumerate(chunks):
             self._numbers[chunk.param].append(number)
+        dtypes = {chunk.weight.dtype for chunk in chunks} if device.type != "cpu" else set()
+        self._nothing = {dtype: torch.full((), torch.nan, dtype=dtype, device=device) for dtype in dtypes}
         self._away: dict[str, tuple[torch.Tensor, Store, Placement]] = {}
         self._here: dict[str, Copy] = {}
         self._rows: dict[int, Copy] = {}
         self._leaving: dict[str | int, list[Copy]] = defaultdict(list)
         self._changed: set[int] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that leaves share while their weights are away."""
+        return storage_nbytes(self._nothing.values())
 
     def place(self, places: Mapping[str, Placement]) -> None:
         """Bring every weight and buffer to its place, one after the other; those without one to the device.
@@ -151,17 +158,20 @@ class WeightKeeper:
         return tensor
 
     def _show(self, name: str, data: torch.Tensor) -> None:
-        self._tensor(name).data = data
+        set_data(self._tensor(name), data)
         self._show_rows(name, None)
 
     def _show_rows(self, name: str, data: torch.Tensor | None) -> None:
         """Let the chunks of a weight be rows of `data`, or of the weight or its stand-in if None.
 
-        A leaf is always on the device, for its gradient is: beside an accelerator it is NaN in the bytes of one element then.
+        A leaf is always on the device, for its gradient is: while its weight is elsewhere, it is NaN in bytes that all such leaves share.
         """
         for chunk in (self._chunks[number] for number in self._numbers.get(name, ())):
             if id(chunk.leaf) in self._rows:
                 continue
-            chunk.show(None if data is None else chunk.cut(data))
-            if data is None and chunk.leaf.device != self._device:
-                chunk.leaf.data = torch.full((), torch.nan, dtype=chunk.leaf.dtype, device=self._device).expand(chunk.leaf.shape)
+            if data is not None:
+                chunk.show(chunk.cut(data))
+            elif chunk.weight.device == self._device:
+                chunk.show(None)
+            else:
+                chunk.show(None, self._nothing[chunk.weight.dtype].expand(chunk.leaf.shape))

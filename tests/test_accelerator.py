@@ -98,6 +98,19 @@ def test_masters_travel_through_pinned_host_memory(report: dict[str, Any]) -> No
         assert predicted <= 1.02 * measured
 
 
+@pytest.mark.parametrize("update", ["held", "immediate"])
+def test_a_model_larger_than_the_device_is_trained_and_evaluated(report: dict[str, Any], update: str) -> None:
+    run = report["streamed"][update]
+    assert run["budget"] < run["weights"]
+    assert run["away"] > 0
+    assert run["losses"] == pytest.approx(run["reference losses"], rel=1e-4)
+    assert run["weights differ by"] < 1e-3  # one update is 1e-2
+    for measured, predicted in run["peaks"]:
+        assert measured <= predicted <= run["budget"]
+    assert run["evaluated"][0] == pytest.approx(run["evaluated"][1], rel=1e-4)
+    assert 0 < run["longer"] < 20
+
+
 def test_a_deleted_model_gives_its_memory_back(report: dict[str, Any]) -> None:
     assert report["left behind"] == 0
 
@@ -139,6 +152,7 @@ def _main() -> None:
         plan_by_hand(patch, [Update.HELD] * 2, resident=(1, 2), scattered=True)
         device.configure(link_bytes_per_s=_SLOW)
         found["resumed"] = _resume(Path(directory))
+    found["streamed"] = {update: _run_streamed(device, update=update) for update in ("held", "immediate")}
     gc.collect()
     with pytest.MonkeyPatch.context() as patch:
         plan_by_hand(patch, [Update.HELD], resident=(0, 2))
@@ -306,6 +320,48 @@ def _run_leaking(device: SimDevice) -> str:
         with pytest.raises(chunkft_compile.MemoryPromiseError) as caught:
             _step(model, optimizer, batch)
     return str(caught.value)
+
+
+def _run_streamed(device: SimDevice, **settings: Any) -> dict[str, Any]:
+    """A model on the CPU, larger than the device, for two sweeps; then evaluated, and a batch of another length."""
+    gc.collect()
+    device.configure(granularity=_BLOCK)
+    before = torch.accelerator.memory_allocated()
+    torch.manual_seed(0)
+    plain = models.llama(hidden_size=64, intermediate_size=256, num_hidden_layers=4).train()
+    weights = sum(p.nbytes for p in plain.parameters())
+    budget = int(0.9 * weights)
+    model = chunkft_compile.compile(copy.deepcopy(plain), budget, device="sim", solve_seconds=1.0, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)  # where gradients are rounding, updates are none
+    schedule = model.plan(**_on_device(models.token_batch()))
+    batches = [models.token_batch(seed) for seed in range(2 * len(schedule.steps))]
+    device.configure(capacity=before + budget, link_bytes_per_s=_SLOW, granularity=_BLOCK)
+    losses, peaks = [], []
+    for batch in batches:
+        measured, predicted, loss = _step(model, optimizer, batch)
+        peaks.append((measured - before, predicted))
+        losses.append(loss)
+    with torch.no_grad():
+        evaluated = float(model(**_on_device(batches[0])).loss)
+    steps = [[_slice(model.chunks[n]) for n in step.chunks] for step in schedule.steps]
+    expected, state = train(plain, steps, lambda leaves: torch.optim.AdamW(leaves, lr=1e-2, eps=1e-3), [[batch] for batch in batches])
+    differ = [(tensor.cpu() - state[name]).abs().max() for name, tensor in model.state_dict().items()]
+    plain.load_state_dict(dict(state))
+    with torch.no_grad():
+        wanted = float(plain(**batches[0]).loss)
+    longer = _step(model, optimizer, models.token_batch(99, tokens=12))[2]
+    device.configure()
+    return {
+        "budget": budget,
+        "weights": weights,
+        "peaks": peaks,
+        "losses": losses,
+        "reference losses": expected,
+        "weights differ by": float(torch.stack(differ).max()),
+        "evaluated": [evaluated, wanted],
+        "longer": longer,
+        "away": sum(place is not Placement.DEVICE for place in schedule.places.weights),
+    }
 
 
 def _run_masters(device: SimDevice) -> dict[str, Any]:
