@@ -55,13 +55,16 @@ format: $(INSTALLED) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## every figure of README.md (about two hours on two cores)
+bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores)
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.prediction
 	$(BIN)/python -m benchmarks.truth
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.cap
+	$(BIN)/python -m benchmarks.precision
+	$(BIN)/python -m benchmarks.seven_b --work build  # 45 GB of disk, half an hour
 
 clean: ## remove the environment, caches and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -46,7 +46,7 @@ class Choices:
     """What the planner may choose from, and the capacity of the host (None: no limit).
 
     None for `state` is every place, for `options` every option; see `planner.restrict` for their names.
-    `overlap` plans for an engine that copies while it computes, where the device can; the one in `runtime` waits for its copies.
+    `overlap` counts on copies beside compute, where the device can. The runtime makes them so; nobody has measured it on a GPU.
     """
 
     updates: tuple[Update, ...] = (Update.HELD,)

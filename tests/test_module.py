@@ -146,6 +146,7 @@ def test_a_larger_batch_plans_again_and_a_smaller_one_does_not(caplog: pytest.Lo
     assert model.schedule.peak_nbytes <= model.budget_nbytes
 
 
+@pytest.mark.slow
 def test_zero_grad_before_or_after_is_the_same(workshop: Workshop) -> None:
     states = []
     for before in (False, True):

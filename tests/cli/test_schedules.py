@@ -91,6 +91,7 @@ def test_refusals_before_the_model_is_loaded(
         assert message in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_train_plans_with_updates_inside_backward(model_dir: Path, text_file: Path, tmp_path: Path, capsys: Capture) -> None:
     more = ["--update", "auto", "--clip", "0", "--prefer", "fresh", "--max-steps", "4", "--seconds", "1"]
     assert main(training(model_dir, text_file, tmp_path / "out", *BUDGET, *more)) == 0

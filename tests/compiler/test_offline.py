@@ -65,7 +65,7 @@ def _real_problem(model: nn.Module, costs: OperatorCosts, optimizer: Any, precis
     [
         (torch.float32, Precision.PLAIN),
         pytest.param(torch.bfloat16, Precision.PLAIN, marks=pytest.mark.slow),
-        (torch.bfloat16, Precision.MASTER),
+        pytest.param(torch.bfloat16, Precision.MASTER, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, Precision.STOCHASTIC, marks=pytest.mark.slow),
         pytest.param(torch.float16, Precision.MASTER, marks=pytest.mark.slow),
     ],

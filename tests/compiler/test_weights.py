@@ -70,7 +70,7 @@ def test_weights_in_one_storage_stay() -> None:
     assert not {"first", "second"} & set(weights.segment_of)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_problem_says_what_moves(tied: bool) -> None:
     torch.manual_seed(0)
     model = chunkft_compile.compile(llama(tied=tied), budget="1GB", solve_seconds=1.0)

@@ -31,7 +31,7 @@ HELD, IMMEDIATE = Update.HELD, Update.IMMEDIATE
 @pytest.mark.parametrize(
     "updates", [pytest.param([HELD, HELD], id="held", marks=pytest.mark.slow), pytest.param([IMMEDIATE, HELD], id="both")]
 )
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=() if case is CASES[0] else pytest.mark.slow) for case in CASES])
 def test_weights_are_bit_for_bit_the_same(monkeypatch: pytest.MonkeyPatch, case: Case, updates: list[Update]) -> None:
     found = []
     for option in ("inputs", "offload"):

@@ -135,7 +135,7 @@ def _lab_steps(hook: Allocator, precision: str, updates: tuple[Update, ...], mak
 
 
 @pytest.mark.parametrize("updates", [(HELD,), (HELD, IMMEDIATE)], ids=["held", "mixed"])
-@pytest.mark.parametrize("precision", ["master", "stochastic"])
+@pytest.mark.parametrize("precision", [pytest.param("master", marks=pytest.mark.slow), "stochastic"])
 def test_the_peak_is_predicted(allocator: Allocator, workshop: Workshop, precision: str, updates: tuple[Update, ...]) -> None:
     found = _lab_steps(allocator, precision, updates, partial(AdamW, lr=1e-3, fused=True))
     assert all(measured <= predicted for measured, predicted in found)

@@ -188,6 +188,7 @@ def test_a_budget_that_only_tiles_meet_trains_like_the_reference(workshop: Works
     torch.testing.assert_close(trained.state, dict(state), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_measured_is_predicted_under_a_budget_that_needs_tiles(workshop: Workshop, allocator: Allocator) -> None:
     smallest = smallest_nbytes(workshop, WIDE)
     weights = sum(parameter.nbytes for parameter in WIDE.build().parameters())

@@ -68,9 +68,7 @@ def test_one_step_to_a_sweep_is_plain_training(name: str, scheduler: str) -> Non
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "optimizer", [pytest.param(name, marks=[] if name in ("adamw", "sgd") else pytest.mark.slow) for name in OPTIMIZERS]
-)
+@pytest.mark.parametrize("optimizer", [pytest.param(name, marks=[] if name == "adamw" else pytest.mark.slow) for name in OPTIMIZERS])
 @few
 @given(
     name=st.sampled_from(["llama-tied", "gpt2", "bert", "shared"]),
