@@ -116,7 +116,8 @@ def test_each_autocast_has_its_own_graph(workshop: Workshop) -> None:
     assert losses[0] == losses[2] != losses[1]
 
 
-@pytest.mark.parametrize("update", [pytest.param(Update.HELD, marks=pytest.mark.slow), Update.IMMEDIATE])
+@pytest.mark.slow
+@pytest.mark.parametrize("update", [Update.HELD, Update.IMMEDIATE])
 def test_the_peak_is_predicted(allocator: Allocator, workshop: Workshop, update: Update) -> None:
     with pytest.MonkeyPatch.context() as patch, bf16():
         plan_by_hand(patch, [update, Update.HELD])

@@ -167,6 +167,7 @@ def _state_nbytes(optimizer: Optimizer) -> int:
     return sum(value.nbytes for value in tensors if value.numel() > 1)
 
 
+@pytest.mark.slow
 def test_state_of_inactive_chunks_is_in_the_store_and_in_the_state_dict(workshop: Workshop, allocator: Allocator) -> None:
     model, optimizer = _tight(workshop)
     model.plan(**token_batch())

@@ -218,9 +218,9 @@ def test_a_model_here_needs_a_budget_and_takes_no_offline_choices(model_dir: Pat
     assert main(["plan", str(model_dir), "--device", "cpu"]) == 1
     assert "--budget is needed: memory on cpu" in error_line(capsys)
     for option, reason in [
-        (["--weights", "disk"], "the runtime keeps the weights on the device"),
-        (["--host-memory", "1GB"], "the runtime keeps optimizer state in one place"),
-        (["--overlap"], "the runtime waits for its copies"),
+        (["--weights", "disk"], "here weights leave the device only where the budget demands it"),
+        (["--host-memory", "1GB"], "here optimizer state has one place"),
+        (["--overlap"], "here copies run beside compute"),
         (["--method", "hift"], "methods are planned to compare with, not to run"),
     ]:
         assert main(["plan", str(model_dir), "--budget", "1GB", *option]) == 1

@@ -56,7 +56,8 @@ def _second_sweep(hook: Allocator, case: Case, option: str) -> StepMemory:
     return second
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=() if case is CASES[0] else pytest.mark.slow) for case in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_peak_is_predicted_and_lower(allocator: Allocator, workshop: Workshop, case: Case) -> None:
     workshop.capture(case.build(), (), case.batch(0) | ({} if case.name == "bert" else {"use_cache": False}))
     offloaded, kept = _second_sweep(allocator, case, "offload"), _second_sweep(allocator, case, "inputs")

@@ -97,6 +97,7 @@ def _muon(leaves: Iterable[nn.Parameter]) -> list[Optimizer]:
     return [optim.Muon(matrices, lr=1e-2), optim.SGD(vectors, lr=0.1, momentum=0.9)]
 
 
+@pytest.mark.slow
 def test_muon_beside_another_optimizer_is_the_reference(allocator: Allocator, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.capture(MATRICES.build(), (), MATRICES.batch(0) | {"use_cache": False})
     plan_by_hand(monkeypatch, UPDATES, resident=(0, 1))

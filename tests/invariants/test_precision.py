@@ -134,7 +134,7 @@ def _lab_steps(hook: Allocator, precision: str, updates: tuple[Update, ...], mak
         return [(step.measured, step.predicted) for step in lab.sweeps(3)]
 
 
-@pytest.mark.parametrize("updates", [(HELD,), (HELD, IMMEDIATE)], ids=["held", "mixed"])
+@pytest.mark.parametrize("updates", [pytest.param((HELD,), id="held", marks=pytest.mark.slow), pytest.param((HELD, IMMEDIATE), id="mixed")])
 @pytest.mark.parametrize("precision", [pytest.param("master", marks=pytest.mark.slow), "stochastic"])
 def test_the_peak_is_predicted(allocator: Allocator, workshop: Workshop, precision: str, updates: tuple[Update, ...]) -> None:
     found = _lab_steps(allocator, precision, updates, partial(AdamW, lr=1e-3, fused=True))

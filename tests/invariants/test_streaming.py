@@ -29,7 +29,9 @@ PLENTY = 10**8
 
 @pytest.mark.parametrize("option", ["cheap", "offload"])
 @pytest.mark.parametrize("updates", [[HELD, HELD, HELD], [IMMEDIATE, HELD]], ids=["held", "both"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "bert", "shared"])
+@pytest.mark.parametrize(
+    "name", ["llama", "shared", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-tied", "gpt2", "bert"))]
+)
 def test_streamed_weights_change_no_bit(monkeypatch: pytest.MonkeyPatch, name: str, updates: list[Update], option: str) -> None:
     case = BY_NAME[name]
     found = []

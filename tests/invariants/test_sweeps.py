@@ -28,7 +28,7 @@ def _freeze_some(model: nn.Module) -> set[str]:
     return {name}
 
 
-QUICK = ("llama-tied", "bert", "mlp", "shared")
+QUICK = ("llama-tied", "mlp", "shared")
 
 
 @pytest.mark.parametrize(
