@@ -56,7 +56,7 @@ class Solving:
     @property
     def forced(self) -> bool:
         """Whether ingredients are forced, which may need a larger budget than planning freely."""
-        return self.options is not None or self.state is not None or self.weights is not None
+        return self.options is not None or self.state is not None
 
 
 def forms(compiled: Compiled, solving: Solving, *, accumulating: bool) -> list[Problem]:

@@ -111,7 +111,10 @@ class WeightKeeper:
 
     def change(self, numbers: Iterable[int]) -> None:
         """These chunks are about to be changed where they are on the device."""
-        self._changed.update(number for number in numbers if self._chunks[number].param in self._here)
+        for number in numbers:
+            if self._chunks[number].param in self._here:
+                self._here[self._chunks[number].param].wait()  # no call may have read it: a late copy would undo the change
+                self._changed.add(number)
 
     def fetch_rows(self, chunk: Chunk) -> None:
         """Begin to bring the rows of a chunk in memory of their own, unless they are there or stay on the device."""
