@@ -16,7 +16,7 @@ class WeightKeeper:
     """Knows where every weight lives, and which are on the device for a while.
 
     A weight that is away is its stand-in in the store: whoever reads `model.state_dict()` finds its contents. Leaves of chunks follow
-    it: they are rows of the stand-in, or of the copy on the device while there is one.
+    it: they are rows of the stand-in, or of the copy on the device while they are changed there.
     """
 
     def __init__(self, model: nn.Module, chunks: Sequence[Chunk], stores: Stores, device: torch.device) -> None:
@@ -63,7 +63,6 @@ class WeightKeeper:
         for name in names:
             stand_in, store, _ = self._away[name]
             self._here[name] = copy = store.get(stand_in, self._device)
-            self._show_rows(name, copy.tensor)
             found[name] = copy.tensor
         return found
 
@@ -88,7 +87,7 @@ class WeightKeeper:
                 copy.wait()
             self._here[name].wait()  # nobody may have read it: what is written to must not be freed
             del self._here[name]
-            self._show_rows(name, None)
+            self._show_home(name)
 
     def fill(self, name: str, read: Callable[[torch.Tensor], object]) -> None:
         """Give a weight new contents, which `read` copies into the tensor it is given. None comes to the device that is not there."""
@@ -113,15 +112,16 @@ class WeightKeeper:
         """These chunks are about to be changed where they are on the device."""
         for number in numbers:
             if self._chunks[number].param in self._here:
-                self._here[self._chunks[number].param].wait()  # no call may have read it: a late copy would undo the change
+                chunk = self._chunks[number]
+                # no call may have read it: a late copy would undo the change
+                chunk.show(chunk.cut(self._here[chunk.param].wait()))
                 self._changed.add(number)
 
     def fetch_rows(self, chunk: Chunk) -> None:
         """Begin to bring the rows of a chunk in memory of their own, unless they are there or stay on the device."""
         if chunk.param in self._away and id(chunk.leaf) not in self._rows:
             stand_in, store, _ = self._away[chunk.param]
-            self._rows[id(chunk.leaf)] = copy = store.get(chunk.cut(stand_in), self._device)
-            chunk.show(copy.tensor)
+            self._rows[id(chunk.leaf)] = store.get(chunk.cut(stand_in), self._device)
 
     def has_rows(self, chunk: Chunk) -> bool:
         """Whether the rows of a chunk were fetched alone and not freed yet."""
@@ -130,7 +130,7 @@ class WeightKeeper:
     def wait_rows(self, chunk: Chunk) -> None:
         """From here on rows that were fetched alone may be used and changed."""
         if id(chunk.leaf) in self._rows:
-            self._rows[id(chunk.leaf)].wait()
+            chunk.show(self._rows[id(chunk.leaf)].wait())  # not before: whoever reads the leaf meanwhile finds the stand-in
 
     def evict_rows(self, chunk: Chunk) -> None:
         """Begin to write rows back that were fetched alone."""
@@ -144,7 +144,7 @@ class WeightKeeper:
         for copy in self._leaving.pop(id(chunk.leaf), ()):
             copy.wait()
         if self._rows.pop(id(chunk.leaf), None) is not None:
-            self._show_rows(chunk.param, None)
+            self._show_home(chunk.param)
 
     def _is_foreign(self, tensor: torch.Tensor) -> bool:
         """Whether it is not in memory of the device's allocator: on another device, or mapped from a file."""
@@ -162,19 +162,15 @@ class WeightKeeper:
 
     def _show(self, name: str, data: torch.Tensor) -> None:
         set_data(self._tensor(name), data)
-        self._show_rows(name, None)
+        self._show_home(name)
 
-    def _show_rows(self, name: str, data: torch.Tensor | None) -> None:
-        """Let the chunks of a weight be rows of `data`, or of the weight or its stand-in if None.
+    def _show_home(self, name: str) -> None:
+        """Let the chunks of a weight be rows of the weight or its stand-in.
 
         A leaf is always on the device, for its gradient is: while its weight is elsewhere, it is NaN in bytes that all such leaves share.
         """
         for chunk in (self._chunks[number] for number in self._numbers.get(name, ())):
             if id(chunk.leaf) in self._rows:
                 continue
-            if data is not None:
-                chunk.show(chunk.cut(data))
-            elif chunk.weight.device == self._device:
-                chunk.show(None)
-            else:
-                chunk.show(None, self._nothing[chunk.weight.dtype].expand(chunk.leaf.shape))
+            nothing = None if chunk.weight.device == self._device else self._nothing[chunk.weight.dtype].expand(chunk.leaf.shape)
+            chunk.show(None, nothing)
