@@ -9,7 +9,7 @@ their order, so nothing changes but bytes and time, and `simulate` replays the r
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from chunkft_compile.planner.program import Instruction, Op, Program, simulate
+from chunkft_compile.planner.program import Clock, Instruction, Op, Program, simulate
 
 
 def overlap(program: Program, limit_nbytes: int) -> Program:
@@ -103,46 +103,27 @@ class _Track:
     def free_late(self) -> list[Instruction]:
         """Every FREE of what was evicted waits until its copy is complete or its bytes are needed."""
         written: list[Instruction] = []
-        line = _Line()
+        clock, evicted = Clock(overlaps=True), set[tuple[str, int]]()
         waiting: list[Instruction] = []
         for peak, step in zip(self.peaks, self.steps, strict=True):
             while waiting:
                 stays = peak + sum(self.program.nbytes_of(free.moved) for free in waiting) <= self.limit
-                if stays and line.done_us(waiting[0]) > line.us and all(free.moved.isdisjoint(step.moved) for free in waiting):
+                if stays and clock.done_us(waiting[0]) > clock.us and all(free.moved.isdisjoint(step.moved) for free in waiting):
                     break
-                line.pass_by(waiting[0])
+                clock.run(waiting[0])
                 written.append(waiting.pop(0))
-            if step.op is Op.FREE and step.moved and step.moved <= line.evicted:
+            if step.op is Op.FREE and step.moved and step.moved <= evicted:
                 waiting.append(step)
-            else:
-                line.pass_by(step)
-                written.append(step)
+                continue
+            clock.run(step)
+            written.append(step)
+            if step.op is Op.EVICT:
+                evicted |= step.moved
+            elif step.op is Op.FETCH:
+                evicted -= step.moved
         return [*written, *waiting]
 
 
 def _call_us(step: Instruction) -> int:
     """Time of an instruction beside which copies run."""
     return 0 if step.op in (Op.FETCH, Op.EVICT) else step.us
-
-
-class _Line:
-    """The clock of a step as far as it was written; copies follow each other."""
-
-    def __init__(self) -> None:
-        self.us = 0
-        self.evicted: set[tuple[str, int]] = set()
-        self._link_us = 0
-        self._done_us: dict[tuple[str, int], int] = {}
-
-    def done_us(self, step: Instruction) -> int:
-        """When the copies are complete that an instruction waits for."""
-        needs = {("value", value) for value in step.reads} | {("weights", segment) for segment in step.weights} | step.moved
-        return max((self._done_us[name] for name in needs if name in self._done_us), default=0)
-
-    def pass_by(self, step: Instruction) -> None:
-        if step.op in (Op.FETCH, Op.EVICT):
-            self._link_us = max(self._link_us, self.us) + step.us
-            self._done_us.update(dict.fromkeys(step.moved, self._link_us))
-            self.evicted = self.evicted | step.moved if step.op is Op.EVICT else self.evicted - step.moved
-        else:
-            self.us = max(self.us, self.done_us(step)) + step.us

@@ -90,6 +90,18 @@ class Program:
         assert not (self.accumulating and self.update is Update.IMMEDIATE), "IMMEDIATE updates keep no gradient to add to"
         assert not self.homes or self.update is Update.IMMEDIATE, "HELD updates fetch the rows that they change"
 
+    @property
+    def backward_starts(self) -> int:
+        """The number of the first instruction behind the forward."""
+        return 1 + max(number for number, step in enumerate(self.instructions) if step.op is Op.FORWARD)
+
+    @property
+    def update_starts(self) -> int:
+        """The number of the first instruction that `optimizer.step()` runs; an IMMEDIATE program leaves it nothing."""
+        if self.update is Update.IMMEDIATE:
+            return len(self.instructions)
+        return 1 + max(number for number, step in enumerate(self.instructions) if step.op is not Op.UPDATE and not step.chunks)
+
     def nbytes_of(self, moved: Iterable[tuple[str, int]]) -> int:
         """Bytes of what a FETCH, EVICT or FREE moves, see `Instruction.moved`."""
         names = list(moved)
@@ -233,8 +245,8 @@ def _listed(names: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{what} {number}" for what, number in sorted(names))
 
 
-class _Clock:
-    """Time of calls, and of the copies beside them."""
+class Clock:
+    """Time of the instructions so far, and of the copies beside them, which follow each other."""
 
     def __init__(self, *, overlaps: bool) -> None:
         self.overlaps = overlaps
@@ -242,23 +254,22 @@ class _Clock:
         self._link_us = 0  # when the last copy that was begun is complete
         self._done_us: dict[tuple[str, int], int] = {}
 
-    def call(self, us: int) -> None:
-        self.us += us
+    def done_us(self, step: Instruction) -> int:
+        """When the copies are complete that an instruction waits for."""
+        needs = step.moved | {("value", value) for value in step.reads}
+        return max((self._done_us[name] for name in needs if name in self._done_us), default=0)
 
-    def copy(self, names: Iterable[tuple[str, int]], us: int) -> None:
-        """Begin a copy of so many microseconds."""
-        self._link_us = max(self._link_us, self.us) + us
-        self.moving_us += us
-        self._done_us.update(dict.fromkeys(names, self._link_us))
-        if not self.overlaps:
-            self.wait(names)
-
-    def wait(self, names: Iterable[tuple[str, int]]) -> None:
-        """Until the last copies of these are complete."""
-        late = max((self._done_us.pop(name) for name in names if name in self._done_us), default=0) - self.us
-        if late > 0:
-            self.us += late
-            self.waited_us += late
+    def run(self, step: Instruction) -> None:
+        """Begin a copy, or wait for copies and let the instruction take its time."""
+        copies = step.op in (Op.FETCH, Op.EVICT)
+        if copies:
+            self._link_us = max(self._link_us, self.us) + step.us
+            self.moving_us += step.us
+            self._done_us.update(dict.fromkeys(step.moved, self._link_us))
+        if not copies or not self.overlaps:
+            late_us = max(0, self.done_us(step) - self.us)
+            self.waited_us += late_us
+            self.us += late_us + (0 if copies else step.us)
 
 
 def simulate(program: Program) -> Timeline:
@@ -269,26 +280,21 @@ def simulate(program: Program) -> Timeline:
     updated without a gradient, without its state or weights, or twice; where state or weights are fetched twice, or freed
     unfetched or with changes that the store does not have.
     """
-    values, moves, clock, gradients = _Values(program), _Moves(program), _Clock(overlaps=program.overlaps), set[int]()
+    values, moves, clock, gradients = _Values(program), _Moves(program), Clock(overlaps=program.overlaps), set[int]()
     live = program.base_nbytes + (sum(program.grad_nbytes.values()) if program.accumulating else 0)
     moments = []
     for number, step in enumerate(program.instructions):
         before = peak = live
         start_us, waited_us = clock.us, clock.waited_us
-        chunks, names = set(step.chunks), step.moved
-        named = {name for name in names if name[0] != "value"}
+        chunks, named = set(step.chunks), {name for name in step.moved if name[0] != "value"}
         for value in step.reads:
             values.check_read(value)
         match step.op:
             case Op.FORWARD | Op.BACKWARD:
-                clock.wait([("value", value) for value in step.reads])
-                clock.wait([("weights", segment) for segment in step.weights])
-                clock.call(step.us)
                 live += sum(values.write(value) for value in step.writes) - sum(values.free(value) for value in step.frees)
                 peak = max(before + step.transient_nbytes, live)
                 gradients.update(chunk for _, chunk in step.gradients)
             case Op.FREE:
-                clock.wait(names)
                 leaving = [value for value in step.frees if value in values.leaving]
                 live -= sum(values.free(value) for value in step.frees)
                 stuck = [value for value in leaving if values.uses[program.storage_of[value]]]
@@ -300,12 +306,9 @@ def simulate(program: Program) -> Timeline:
                 bring = values.write if step.weights else values.fetch
                 live += program.nbytes_of(named) + sum(bring(value) for value in step.writes)
                 peak = live
-                clock.copy(names, step.us)
             case Op.UPDATE:
                 assert chunks <= gradients, f"instruction {number} updates chunks {sorted(chunks - gradients)} without a gradient"
                 moves.update(chunks, number)
-                clock.wait(names)
-                clock.call(step.us)
                 gradients -= chunks
                 peak = live + step.transient_nbytes
                 live -= sum(values.free(value) for value in step.frees)
@@ -313,6 +316,6 @@ def simulate(program: Program) -> Timeline:
                 moves.evict(named, number)
                 for value in step.reads:
                     values.evict(value)
-                clock.copy(names, step.us)
+        clock.run(step)
         moments.append(Moment(step.op, step.segment, before, peak, live, clock.us - start_us, clock.waited_us - waited_us))
     return Timeline(tuple(moments), clock.moving_us)

@@ -66,9 +66,7 @@ class Run:
         self._streamed = streamed or {}
         self._watch = watch or Watch()
         self._values: dict[int, torch.Tensor] = dict(sources)
-        steps = program.instructions
-        self._middle = 1 + max(number for number, step in enumerate(steps) if step.op is Op.FORWARD)
-        self._end = 1 + max(number for number, step in enumerate(steps) if program.update is Update.IMMEDIATE or not _is_update(step))
+        self._middle, self._end = program.backward_starts, program.update_starts
 
     def forward(self) -> dict[int, torch.Tensor]:
         """Execute every FORWARD and the moves around them; gives the held values."""
@@ -189,11 +187,6 @@ class Run:
     def _weights(self) -> WeightKeeper:
         assert self._keeper is not None, "a program that moves weights runs without a keeper"
         return self._keeper
-
-
-def _is_update(step: Instruction) -> bool:
-    """Whether an instruction is the optimizer's, and not one of values or weights."""
-    return step.op is Op.UPDATE or bool(step.chunks)
 
 
 def _accumulate(leaf: nn.Parameter, gradient: torch.Tensor) -> None:

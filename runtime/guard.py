@@ -108,13 +108,15 @@ class _Watching(Watch):
 
     def begin_update(self, instructions: Sequence[Instruction]) -> None:
         """See `Watch.begin_update`."""
-        steps = self._program.instructions
-        start = 1 + max(number for number, step in enumerate(steps) if step.op is not Op.UPDATE and not step.chunks)
+        steps, start = self._program.instructions, self._program.update_starts
+        self._first = start
+        if steps[start:] == tuple(instructions):  # one optimizer steps all chunks, whose state has come: it is the program itself
+            self.anchor(start)
+            return
         late = {chunk for step in instructions if step.op is Op.FETCH for chunk in step.chunks}  # the backward knew of no optimizer
         before = [replace(step, chunks=tuple(chunk for chunk in step.chunks if chunk not in late)) for step in steps[:start]]
         self._program = replace(self._program, instructions=(*before, *instructions))
         self._moments = simulate(self._program).moments
-        self._first = start
         self.anchor(start)
 
     def look(self, number: int) -> None:
