@@ -32,21 +32,14 @@ class Applier:
 
     def execute(self, instruction: Instruction, gradients: dict[int, torch.Tensor]) -> None:
         """Do one of these instructions; `gradients` by chunk are taken out, so that they are freed after the update."""
-        match instruction.op:
-            case Op.FETCH:
-                for number in instruction.chunks:
-                    self._mover.fetch(self._holders[number], self._chunks[number], rows=False)
-            case Op.UPDATE:
-                for number in instruction.chunks:
-                    self._mover.wait(self._chunks[number])
-                for optimizer in {id(self._holders[number]): self._holders[number] for number in instruction.chunks}.values():
-                    self._update(optimizer, [number for number in instruction.chunks if self._holders[number] is optimizer], gradients)
-            case Op.EVICT:
-                for number in instruction.chunks:
-                    self._mover.evict(self._holders[number], self._chunks[number])
-            case Op.FREE:
-                for number in instruction.chunks:
-                    self._mover.free(self._holders[number], self._chunks[number])
+        if instruction.op is not Op.UPDATE:
+            held = [(self._holders[number], self._chunks[number]) for number in instruction.chunks]
+            self._mover.move(instruction.op, held, rows=False)  # those of weights that are away come with their segment
+            return
+        for number in instruction.chunks:
+            self._mover.wait(self._chunks[number])
+        for optimizer in {id(self._holders[number]): self._holders[number] for number in instruction.chunks}.values():
+            self._update(optimizer, [number for number in instruction.chunks if self._holders[number] is optimizer], gradients)
 
     def _update(self, optimizer: Optimizer, numbers: Sequence[int], gradients: dict[int, torch.Tensor]) -> None:
         leaves = [self._chunks[number].leaf for number in numbers]

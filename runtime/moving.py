@@ -1,12 +1,15 @@
 """What belongs to chunks on its way between the device and the store: optimizer state, and rows of weights that live there."""
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from chunkft_compile.planner.problem import Placement
+from chunkft_compile.planner.program import Op
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.state_tensors import Path, map_tensors
 from chunkft_compile.runtime.store import Copy, Store
@@ -31,11 +34,24 @@ class StateMover:
         self._coming: dict[int, dict[Path, Copy]] = {}  # fetched, and not used yet
         self._leaving: dict[int, dict[Path, tuple[Copy, Store]]] = {}
         self._tables: dict[Path, torch.Tensor] = {}
-        self._left: dict[int, list[object]] = {}  # what `free` left in the state of a leaf
+        # what `free` and `bring_back` left in the state of a leaf: both are asked of every chunk at every step, and mostly for nothing
+        self._left: dict[int, list[Callable[[], object]]] = {}
+        self._brought: dict[int, list[Callable[[], object]]] = {}
 
     def keep(self, tables: Mapping[Path, torch.Tensor]) -> None:
         """Tensors that an optimizer shares between the state of all its parameters: they stay where they are."""
         self._tables.update(tables)
+
+    def move(self, op: Op, held: Iterable[tuple[Optimizer, Chunk]], *, rows: bool) -> None:
+        """Do a FETCH, EVICT or FREE of chunks, each with the optimizer that holds it; `rows` as in `fetch`."""
+        for optimizer, chunk in held:
+            match op:
+                case Op.FETCH:
+                    self.fetch(optimizer, chunk, rows=rows)
+                case Op.EVICT:
+                    self.evict(optimizer, chunk)
+                case Op.FREE:
+                    self.free(optimizer, chunk)
 
     def fetch(self, optimizer: Optimizer, chunk: Chunk, *, rows: bool) -> None:
         """Begin to bring the state of `chunk` to the device, unless it is there or on its way; with `rows` those of its weight, too."""
@@ -92,14 +108,15 @@ class StateMover:
             return found
 
         _replace(optimizer, leaf, stand_in)
-        self._left[id(leaf)] = [*optimizer.state.get(leaf, {}).values()]
+        self._left[id(leaf)] = _marks(optimizer, leaf)
         if self._weights is not None:
             self._weights.free_rows(chunk)
 
     def send_away(self, optimizer: Optimizer, chunk: Chunk) -> None:
         """Have the state of `chunk` in the store, wherever it is; what came and was not used is dropped."""
         leaf = chunk.leaf
-        if self._is_settled(optimizer, chunk):
+        has_rows = self._weights is not None and self._weights.has_rows(chunk)
+        if id(leaf) not in self._coming and not has_rows and self._is_as_left(optimizer, chunk, self._left):
             return
         coming = self._coming.pop(id(leaf), {})
 
@@ -113,16 +130,21 @@ class StateMover:
         self.evict(optimizer, chunk)
         self.free(optimizer, chunk)
 
+    def bring_back(self, optimizer: Optimizer, chunk: Chunk) -> None:
+        """Have the state of `chunk` on the device."""
+        if not self._is_as_left(optimizer, chunk, self._brought):
+            self.fetch(optimizer, chunk, rows=False)
+            self.wait(chunk)
+            self._brought[id(chunk.leaf)] = _marks(optimizer, chunk.leaf)
+
     def synchronize(self) -> None:
         """Wait until every copy is complete, also for readers on the host."""
         self._stores.synchronize()
 
-    def _is_settled(self, optimizer: Optimizer, chunk: Chunk) -> bool:
-        """Whether nothing has happened since `free`; asked of every chunk at every step."""
-        if id(chunk.leaf) in self._coming or (self._weights is not None and self._weights.has_rows(chunk)):
-            return False
-        now, left = optimizer.state.get(chunk.leaf, {}).values(), self._left.get(id(chunk.leaf), [])
-        return len(now) == len(left) and all(a is b for a, b in zip(now, left, strict=True))
+    def _is_as_left(self, optimizer: Optimizer, chunk: Chunk, left: Mapping[int, list[Callable[[], object]]]) -> bool:
+        """Whether the state of a chunk consists of the very objects that were left in it."""
+        now, before = optimizer.state.get(chunk.leaf, {}).values(), left.get(id(chunk.leaf), [])
+        return len(now) == len(before) and all(value is mark() for value, mark in zip(now, before, strict=True))
 
     def _is_away(self, leaf: nn.Parameter, path: Path, tensor: torch.Tensor) -> bool:
         stand_in, _ = self._stand_ins.get((id(leaf), path), (None, None))
@@ -134,6 +156,16 @@ class StateMover:
         if table is None or table is tensor or (table.shape, table.dtype, table.device) != (tensor.shape, tensor.dtype, tensor.device):
             return tensor
         return table if torch.equal(table, tensor) else tensor
+
+
+def _marks(optimizer: Optimizer, leaf: nn.Parameter) -> list[Callable[[], object]]:
+    """To tell later whether the state of a leaf consists of the same objects, without keeping its tensors."""
+    values = optimizer.state.get(leaf, {}).values()
+    return [weakref.ref(value) if isinstance(value, torch.Tensor) else partial(_itself, value) for value in values]
+
+
+def _itself(value: object) -> object:
+    return value
 
 
 def _replace(optimizer: Optimizer, leaf: nn.Parameter, place: Callable[[Path, torch.Tensor], torch.Tensor]) -> None:

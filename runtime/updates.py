@@ -105,17 +105,25 @@ class Updater:
 
     def optimizers(self) -> list[Optimizer]:
         """Those over the chunks, as found by the last `check_coverage`; it looks again where one of them is gone or there was none."""
-        found = [optimizer for reference in self._found if (optimizer := reference()) is not None]
+        found = self._known()
         return found if found and len(found) == len(self._found) else self.check_coverage()
+
+    def _known(self) -> list[Optimizer]:
+        """Those of the last `check_coverage` that are still there."""
+        return [optimizer for reference in self._found if (optimizer := reference()) is not None]
+
+    def _holders(self, optimizers: Iterable[Optimizer]) -> dict[int, Optimizer]:
+        """The optimizer of each chunk."""
+        return {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
 
     def without_state(self) -> set[int]:
         """Chunks for which no optimizer that was found has made state yet."""
-        made = {id(leaf) for reference in self._found if (optimizer := reference()) is not None for leaf, s in optimizer.state.items() if s}
+        made = {id(leaf) for optimizer in self._known() for leaf, state in optimizer.state.items() if state}
         return {number for number, chunk in enumerate(self._chunks) if id(chunk.leaf) not in made}
 
     def applier(self, optimizers: Sequence[Optimizer]) -> Applier:
         """For one backward that updates its step with `optimizers`. Sends away state that should not be on the device."""
-        holders = {number: optimizer for optimizer in optimizers for number in self.chunks_of(optimizer)}
+        holders = self._holders(optimizers)
         self._evict(holders)
         self._applier = Applier(self._chunks, holders, self._mover, self._rounding)
         return self._applier
@@ -126,8 +134,7 @@ class Updater:
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Begin to bring state for the step that follows; that of chunks whose optimizer is not known yet comes with the step."""
-        known = [optimizer for reference in self._found if (optimizer := reference()) is not None]
-        holders = {number: optimizer for optimizer in known for number in self.chunks_of(optimizer)}
+        holders = self._holders(self._known())
         for number in numbers:
             if number in holders:
                 self._prefetched[number] = holders[number]
@@ -136,14 +143,13 @@ class Updater:
     def settle(self) -> None:
         """Once there is a plan, and before a backward: all state goes where it belongs.
 
-        A constructor (Adagrad) and `load_state_dict` put all of it on the device, and a new plan may have other resident chunks.
+        A constructor (Adagrad) and `load_state_dict` put all of it on the device. A new plan may have other resident chunks, and the load
+        of a checkpoint leaves theirs in the store.
         """
-        known = [optimizer for reference in self._found if (optimizer := reference()) is not None]
-        holders = {number: optimizer for optimizer in known for number in self.chunks_of(optimizer)}
+        holders = self._holders(self._known())
         self._evict(holders)
         for number in self._resident() & holders.keys():
-            self._mover.fetch(holders[number], self._chunks[number], rows=False)
-            self._mover.wait(self._chunks[number])
+            self._mover.bring_back(holders[number], self._chunks[number])
 
     def refuse_unfinished(self) -> None:
         """Raise `TrainingError` if a step was updated inside backward, and its `optimizer.step()` did not come."""
@@ -250,22 +256,14 @@ class Updater:
             watch.settle()  # after all is in its place: this step is complete, whatever it took
 
     def _execute(self, instruction: Instruction, optimizer: Optimizer, gradients: Mapping[int, torch.Tensor]) -> None:
-        match instruction.op:
-            case Op.FETCH:
-                for number in instruction.chunks:
-                    self._mover.fetch(optimizer, self._chunks[number], rows=True)
-            case Op.UPDATE:
-                self._await(instruction.chunks)
-                self._show(gradients, instruction.chunks)
-                self._rounding.step(optimizer, [self._chunks[number] for number in instruction.chunks])
-                self._stepped.update(instruction.chunks)
-                self._show(gradients, ())
-            case Op.EVICT:
-                for number in instruction.chunks:
-                    self._mover.evict(optimizer, self._chunks[number])
-            case Op.FREE:
-                for number in instruction.chunks:
-                    self._mover.free(optimizer, self._chunks[number])
+        if instruction.op is not Op.UPDATE:
+            self._mover.move(instruction.op, [(optimizer, self._chunks[number]) for number in instruction.chunks], rows=True)
+            return
+        self._await(instruction.chunks)
+        self._show(gradients, instruction.chunks)
+        self._rounding.step(optimizer, [self._chunks[number] for number in instruction.chunks])
+        self._stepped.update(instruction.chunks)
+        self._show(gradients, ())
 
     def _await(self, numbers: Iterable[int]) -> None:
         """The state of these chunks is about to be used."""
@@ -296,10 +294,7 @@ class Updater:
                 self._applier.applied.pop(number, None)
 
     def _evict(self, holders: Mapping[int, Optimizer]) -> None:
-        """Send state away that should not be on the device: `load_state_dict` puts all of it there, and so does a broken step.
-
-        What is resident comes back: another schedule, or the load of a checkpoint, may have left it in the store.
-        """
+        """Send state away that should not be on the device: `load_state_dict` puts all of it there, and so does a broken step."""
         resident = self._resident()
         for number, optimizer in holders.items():
             if number not in resident:
