@@ -57,9 +57,9 @@ def mb(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f}"
 
 
-def circumstances(shape: str) -> str:
+def circumstances(shape: str, threads: int = 1) -> str:
     """Where and when this was measured."""
-    parts = [f"{_processor()}, {platform.system()}", f"torch {torch.__version__}", "1 thread", shape]
+    parts = [f"{_processor()}, {platform.system()}", f"torch {torch.__version__}", f"{threads} thread{'s' if threads > 1 else ''}", shape]
     return "; ".join([*parts, datetime.date.today().isoformat(), f"commit {_commit()}"])
 
 

@@ -181,8 +181,8 @@ def main() -> None:
                 rows += pool.submit(measure, options.work, checkpoint, nbytes, weights, options.tokens, wanted).result()
     print()
     print(tabulate([row.cells for row in rows], HEADERS, disable_numparse=True))
-    shape = f"Llama-2-7B shape, {options.layers} layers, bf16, 1 x {options.tokens}, AdamW fused, {options.threads} threads"
-    print(circumstances(shape).replace("; 1 thread", ""))
+    shape = f"Llama-2-7B shape, {options.layers} layers, bf16, 1 x {options.tokens}, AdamW fused"
+    print(circumstances(shape, options.threads))
     sys.exit(any(row.measured_nbytes > row.predicted_nbytes for row in rows))
 
 

@@ -100,8 +100,9 @@ def assemble(
     writer.finish(costs, link)
     held = tuple(writer.held())
     streamed = writer.values_in(streams.names)
-    updated = with_updates(writer.instructions, update, writer.memory_of({chunk: rows.param for chunk, rows in chunks.items()}))
-    homes = streams.homes({chunk: rows.param for chunk, rows in chunks.items()}) if update.when is When.IMMEDIATE else {}
+    params = {chunk: rows.param for chunk, rows in chunks.items()}
+    updated = with_updates(writer.instructions, update, writer.memory_of(params))
+    homes = streams.homes(params) if update.when is When.IMMEDIATE else {}
     program = Program(
         tuple(with_weights(updated, streams, streamed, homes)),
         base_nbytes,

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.mixed_norms import correct_statistics
+from chunkft_compile.names import named_once
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +178,7 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
 
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> the first name of the same tensor: Dynamo takes the name that forward used."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    return {name: names[0] for _, names in named_once(model) for name in names}
 
 
 def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str]) -> Capture:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from chunkft_compile.module import ChunkedModule, compile
+from chunkft_compile.names import named_once
 from chunkft_compile.pretrained import check_model
 
 # The names of the format, https://github.com/huggingface/safetensors#format (dtypes that can be trained, and integers of buffers).
@@ -122,7 +123,7 @@ def _accelerate(directory: Path) -> Any:
 def _fill(model: nn.Module, found: dict[str, _Entry], directory: Path) -> None:
     """Give every weight and saved buffer its mapped tensor. Refuses before the first one where anything does not fit."""
     tensors: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
-    tied = _tied(model)
+    tied = {id(tensor): names for tensor, names in named_once(model)}
     missing = [name for name in tensors if name not in found and not any(other in found for other in tied[id(tensors[name])])]
     strange = [name for name in found if name not in tensors]
     for names, what in ((missing, "lacks"), (strange, "has beside those of the model")):
@@ -142,11 +143,3 @@ def _fill(model: nn.Module, found: dict[str, _Entry], directory: Path) -> None:
         for other in tied[id(tensor)]:
             module, _, last = other.rpartition(".")
             setattr(model.get_submodule(module), last, parameter)
-
-
-def _tied(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of each parameter and buffer."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        names.setdefault(id(tensor), []).append(name)
-    return names

@@ -297,8 +297,7 @@ class Session:
             return
         if fitting(compiled, loaded, accumulating=self.accumulating):
             assert loaded.plan is not None
-            self.sweep, self.latest, self.problem = Sweep.at(loaded.plan.schedule, loaded.state), compiled, loaded.plan.problem
-            self.keeper.place(compiled.weight_places(loaded.plan.schedule.places))
+            self._follow(compiled, loaded.plan.problem, Sweep.at(loaded.plan.schedule, loaded.state))
         elif self.held:
             raise TrainingError(
                 "the checkpoint holds gradients of an unfinished step, and its plan is not one for this model and batch; "
@@ -307,6 +306,11 @@ class Session:
         else:
             self._solve(compiled)
         self._loaded = None
+
+    def _follow(self, compiled: Compiled, problem: Problem, sweep: Sweep) -> None:
+        """Go on under the schedule of `sweep`, which answers `problem`: weights go where it says."""
+        self.sweep, self.latest, self.problem = sweep, compiled, problem
+        self.keeper.place(compiled.weight_places(sweep.schedule.places))
 
     def _solve(self, compiled: Compiled) -> None:
         """Solve for this signature; a sweep under way goes on with the chunks it has not trained yet."""
@@ -321,9 +325,7 @@ class Session:
                     raise  # there may be schedules, none with these ingredients or so few steps
                 raise self._budget_error(compiled) from None
         state = self.sweep.state if self.sweep else self._loaded.state if self._loaded else SweepState()
-        self.sweep = Sweep.after(schedule, state)
-        self.latest, self.problem = compiled, problem
-        self.keeper.place(compiled.weight_places(schedule.places))
+        self._follow(compiled, problem, Sweep.after(schedule, state))
         if dense := self.dense_parameters():
             logger.warning("no slicing rule for the gradient of %s: it is computed whole and cut, and counted so", ", ".join(dense))
         logger.info(

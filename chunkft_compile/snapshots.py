@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from chunkft_compile.errors import CheckpointError
+from chunkft_compile.names import named_once
 from chunkft_compile.runtime.archive import Archive, Entry
 from chunkft_compile.runtime.chunk_values import ChunkValues, HeldGradients, OptimizerState
 from chunkft_compile.runtime.chunks import Chunk
@@ -25,16 +26,8 @@ def weights(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
     Buffers that `state_dict()` leaves out are among them: a model may change them while it trains.
     """
-    first: dict[int, str] = {}
-    found: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    for name, tensor in named:
-        if id(tensor) in first:
-            tied[name] = first[id(tensor)]
-        else:
-            first[id(tensor)], found[name] = name, tensor
-    return found, tied
+    named = named_once(module)
+    return {first: tensor for tensor, (first, *_) in named}, {name: first for _, (first, *others) in named for name in others}
 
 
 def extra_states(module: nn.Module) -> dict[str, Any]:

@@ -127,8 +127,13 @@ def chunk_limit_nbytes(model: nn.Module, budget_nbytes: int) -> int:
 
 def rows_nbytes(chunk: Chunk, device: torch.device) -> int:
     """Bytes that the allocator of `device` counts for a copy of the rows of a chunk."""
+    return rounded_nbytes(chunk.nbytes, device)
+
+
+def rounded_nbytes(nbytes: int, device: torch.device) -> int:
+    """`nbytes` in whole blocks of the allocator of `device`."""
     block = _block_nbytes(device)
-    return -(-chunk.nbytes // block) * block
+    return -(-nbytes // block) * block
 
 
 def _block_nbytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from chunkft_compile.planner.devices import Device
-from chunkft_compile.runtime.chunks import BLOCK_NBYTES, is_half, split_parameters
+from chunkft_compile.runtime.chunks import is_half, rounded_nbytes, split_parameters
 from chunkft_compile.runtime.meter import measure_calls
 from chunkft_compile.runtime.modelled_optimizers import model_optimizer
 from chunkft_compile.runtime.optimizers import Layout, OptimizerCost, StepCost, measure_optimizer
@@ -35,8 +35,7 @@ def measure_update(optimizer: Optimizer | None, layouts: Iterable[Layout], devic
         return cost
     largest = max(half, key=_numel)
     us = measure_rounding(largest, device, precision) / _numel(largest)
-    block = 1 if device.type == "cpu" else BLOCK_NBYTES
-    return _widened(cost, distinct, precision, lambda nbytes: -(-nbytes // block) * block, lambda numel: math.ceil(us * numel))
+    return _widened(cost, distinct, precision, lambda nbytes: rounded_nbytes(nbytes, device), lambda numel: math.ceil(us * numel))
 
 
 def model_update(name: str, layouts: Iterable[Layout], device: Device, precision: Precision) -> OptimizerCost:

@@ -8,6 +8,7 @@ import gc
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,11 +282,7 @@ def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, capturable
     schedule = model.plan(**_on_device(batches[0]))
     batches = batches[: max(4, 2 * len(schedule.steps))]
     device.configure(capacity=before + budget, link_bytes_per_s=link_bytes_per_s, granularity=_BLOCK)
-    losses, peaks = [], []
-    for batch in batches:
-        measured, predicted, loss = _step(model, optimizer, batch)
-        peaks.append((measured - before, predicted))
-        losses.append(loss)
+    losses, peaks = _steps(model, optimizer, batches, before)
     device.configure()
     steps = [[_slice(model.chunks[n]) for n in step.chunks] for step in schedule.steps]
     expected, weights = train(plain, steps, lambda leaves: torch.optim.AdamW(leaves, lr=1e-2), [[batch] for batch in batches])
@@ -336,11 +333,7 @@ def _run_streamed(device: SimDevice, **settings: Any) -> dict[str, Any]:
     schedule = model.plan(**_on_device(models.token_batch()))
     batches = [models.token_batch(seed) for seed in range(2 * len(schedule.steps))]
     device.configure(capacity=before + budget, link_bytes_per_s=_SLOW, granularity=_BLOCK)
-    losses, peaks = [], []
-    for batch in batches:
-        measured, predicted, loss = _step(model, optimizer, batch)
-        peaks.append((measured - before, predicted))
-        losses.append(loss)
+    losses, peaks = _steps(model, optimizer, batches, before)
     with torch.no_grad():
         evaluated = float(model(**_on_device(batches[0])).loss)
     steps = [[_slice(model.chunks[n]) for n in step.chunks] for step in schedule.steps]
@@ -399,6 +392,14 @@ def _run_masters(device: SimDevice) -> dict[str, Any]:
 
 def _slice(chunk: Any) -> Slice:
     return chunk.param, chunk.start, chunk.stop
+
+
+def _steps(
+    model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[models.Batch], before: int
+) -> tuple[list[float], list[tuple[int, int]]]:
+    """Losses, and measured and predicted peaks above the bytes that were there `before`."""
+    done = [_step(model, optimizer, batch) for batch in batches]
+    return [loss for _, _, loss in done], [(measured - before, predicted) for measured, predicted, _ in done]
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, batch: models.Batch) -> tuple[int, int, float]:

@@ -77,7 +77,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlap",
         action="store_true",
-        help="let transfers run beside compute, as an engine with asynchronous copies would; this one does not copy asynchronously yet",
+        help="count on transfers beside compute, as the runtime makes them; how well a device keeps up with both was never measured",
     )
 
 

@@ -119,7 +119,7 @@ def say_modelled(model: OfflineModel, choices: Choices) -> None:
     """No reader should take this for a measurement."""
     device = model.device
     if choices.overlap and any(link.overlaps for link in device.links):
-        print("copies beside compute are what the link allows: the runtime of this version waits for its copies")
+        print("copies beside compute are what the link allows: nobody has measured them on this device")
     print(f"modelled, not measured: times and temporaries of {device.title}; source: {device.source}")
     if isinstance(model.costs, RooflineCosts) and model.costs.unknown:
         print(f"no rule for the temporaries of {', '.join(sorted(model.costs.unknown))}: taken to be as large as their results")

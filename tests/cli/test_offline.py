@@ -84,7 +84,7 @@ def test_forced_ingredients_reach_the_plan(config_file: Path, tmp_path: Path, ca
     assert {*kept.schedule.steps[0].options[1:-1]} == {"inputs"}  # all blocks
     assert {*kept.schedule.places.state} == {Placement.HOST}
     assert [link.overlaps for link in kept.problem.links] == [True, False]
-    assert "the runtime of this version waits for its copies" in said.out
+    assert "copies beside compute are what the link allows: nobody has measured them on this device" in said.out
     assert ", with copies beside compute" in said.err
 
 

@@ -121,7 +121,7 @@ def test_an_offline_problem_can_be_planned() -> None:
     problem = card.problem(BUDGET, "adamw", Choices(host_nbytes=10**9))
     assert [link.placement for link in problem.links] == [Placement.HOST, Placement.DISK]
     assert problem.links[0].capacity_nbytes == 10**9
-    assert not any(link.overlaps for link in problem.links)  # the runtime waits for its copies
+    assert not any(link.overlaps for link in problem.links)  # unless they are counted on
     overlapping = card.problem(BUDGET, "adamw", Choices(overlap=True))
     assert [link.overlaps for link in overlapping.links] == [True, False]
     schedule = plan(problem, time_limit_s=2.0, seed=0)

@@ -16,7 +16,7 @@ from chunkft_compile.planner import Update
 from chunkft_compile.runtime.state_tensors import tensors_in
 from tests.conftest import Workshop
 from tests.invariants.by_hand import plan_by_hand
-from tests.invariants.harness import compile_quickly, slice_of
+from tests.invariants.harness import compile_quickly
 from tests.invariants.test_memory import Lab
 from tests.models import Case, compute_loss, llama, token_batch
 from tests.support import reference
@@ -49,13 +49,7 @@ def _torchao(name: str) -> Make:
 def _train_and_compare(hook: Allocator, make: Make) -> Lab:
     """Three sweeps of a HELD and an IMMEDIATE step; the weights are the reference's to the bit, the peak is as predicted."""
     lab = Lab(hook, WIDE, 9.0, make=make, update="auto")
-    lab.model.plan(**lab.batch)
-    steps = []
-    while lab.model.progress.sweep < SWEEPS:
-        steps.append([slice_of(chunk) for chunk in lab.model.progress.active])
-        memory = lab.step()
-        assert memory.measured <= memory.predicted
-        assert memory.sweep == 0 or memory.predicted <= 1.02 * memory.measured
+    steps = lab.slices_of_checked_sweeps(SWEEPS)
     assert len(steps) == SWEEPS * len(UPDATES)
     assert {int(state["step"]) for state in lab.optimizer.state.values()} == {SWEEPS}
     _, expected = reference.train(WIDE.build(), steps, make, [[lab.batch]] * len(steps), compute_loss=compute_loss)

@@ -14,9 +14,10 @@ from torch.optim import AdamW, Optimizer
 
 from chunkft_compile.module import ChunkedModule
 from tests.conftest import Workshop
-from tests.invariants.harness import compile_quickly
+from tests.invariants.harness import compile_quickly, slice_of
 from tests.models import Case, bert, class_batch, compute_loss, gpt2, llama, token_batch
 from tests.support.allocator import Allocator
+from tests.support.reference import Slice
 
 pytestmark = pytest.mark.usefixtures("captures_once")
 
@@ -79,6 +80,17 @@ class Lab:
         while self.model.progress.sweep < start + count:
             steps.append(self.step())
         return steps
+
+    def slices_of_checked_sweeps(self, count: int) -> list[list[Slice]]:
+        """Plan, and train whole sweeps, each step within its prediction and from the second sweep on near it; what each one trained."""
+        self.model.plan(**self.batch)
+        slices = []
+        while self.model.progress.sweep < count:
+            slices.append([slice_of(chunk) for chunk in self.model.progress.active])
+            memory = self.step()
+            assert memory.measured <= memory.predicted
+            assert memory.sweep == 0 or memory.predicted <= 1.02 * memory.measured
+        return slices
 
 
 @contextlib.contextmanager

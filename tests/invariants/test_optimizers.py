@@ -64,13 +64,7 @@ def test_sweeps_are_the_references_and_the_peak_is_the_predicted_one(
     workshop.capture(LLAMA.build(), (), LLAMA.batch(0) | {"use_cache": False})
     plan_by_hand(monkeypatch, UPDATES, resident=(0, 1))
     lab = Lab(allocator, LLAMA, 9.0, make=VARIANTS[name], update="auto")
-    lab.model.plan(**lab.batch)
-    steps = []
-    while lab.model.progress.sweep < SWEEPS:
-        steps.append([slice_of(chunk) for chunk in lab.model.progress.active])
-        memory = lab.step()
-        assert memory.measured <= memory.predicted
-        assert memory.sweep == 0 or memory.predicted <= 1.02 * memory.measured
+    steps = lab.slices_of_checked_sweeps(SWEEPS)
     assert len(steps) == SWEEPS * len(UPDATES)
     for state in lab.optimizer.state.values():
         assert "step" not in state or int(state["step"]) == SWEEPS
