@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import os
 import queue
 import threading
 import time
@@ -156,19 +157,26 @@ class _Staging:
         self._stream.synchronize()
 
 
+def _workers() -> dict[Direction, ThreadPoolExecutor]:
+    return {direction: ThreadPoolExecutor(_WORKERS, f"chunkft-{direction.value}") for direction in Direction}
+
+
 class Transfers:
     """Runs jobs on a file: both directions at once, each in the order in which jobs were started."""
 
     def __init__(self, file: ScratchFile, device: torch.device) -> None:
         self._file = file
         self.meters = {direction: _Meter() for direction in Direction}
-        self._workers = {direction: ThreadPoolExecutor(_WORKERS, f"chunkft-{direction.value}") for direction in Direction}
+        self._workers = _workers()
+        self._process = os.getpid()
         self._staging = queue.SimpleQueue[_Staging]()
         for _ in range(_WORKERS * len(Direction)):  # one for each worker, so that none waits for another
             self._staging.put(_Staging(device))
 
     def start(self, job: Job) -> None:
         """Start a job; gives control back at once."""
+        if self._process != os.getpid():  # threads stay behind in a fork, and an executor does not notice that its own are gone
+            self._workers, self._process = _workers(), os.getpid()
         for at in job.pieces:
             self._workers[job.direction].submit(self._run, job, at)
 
