@@ -104,5 +104,6 @@ def beats(one: Cost, other: Cost, role: Role) -> bool:
 
 
 def _figures(cost: Cost, role: Role) -> tuple[int, ...]:
-    backward = (0, 0) if role is Role.FROZEN else (cost.backward_us, cost.backward_peak_nbytes + cost.offloaded_nbytes)
-    return cost.forward_us + backward[0], cost.forward_us, cost.saved_nbytes, cost.forward_peak_nbytes, backward[1], cost.offloaded_nbytes
+    # both directions, not only their sum: transfers hide behind one or the other
+    us, nbytes = (0, 0) if role is Role.FROZEN else (cost.backward_us, cost.backward_peak_nbytes + cost.offloaded_nbytes)
+    return cost.forward_us + us, cost.forward_us, us, cost.saved_nbytes, cost.forward_peak_nbytes, nbytes, cost.offloaded_nbytes

@@ -12,6 +12,9 @@ def test_options_that_lose_everywhere_are_left_out() -> None:
     assert beats(fast, slow, Role.LAST)
     assert not beats(fast, small, Role.LAST)
     assert beats(slow, fast, Role.FROZEN)  # no backward, no difference
+    early, late = cost("early", 8, 1, 1, 1, 3), cost("late", 8, 1, 1, 2, 2)
+    assert not beats(early, late, Role.LAST)  # behind a longer backward more can hide
+    assert not beats(late, early, Role.LAST)
     assert not beats(Cost("away", 0, 1, 1, 1, 1, 8), fast, Role.LAST)  # what is offloaded takes time and comes back
 
 
