@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.errors import CaptureError
-from chunkft_compile.mixed_norms import correct_statistics
 from chunkft_compile.names import named_once
+from chunkft_compile.passes import run_passes
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
-    config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False)
+    # RNN modules are traced through: the patched flag only says that recompiling for other lengths is slow.
+    config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False, allow_rnn=True)
     with torch.enable_grad(), _side_effects_told(model), config, _backward_without_autocast(model):
         try:
             traced = dynamo_graph_capture_for_export(template)(*tensors)
@@ -189,6 +190,8 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
 
     module = joint.graph_module
     graph: fx.Graph = module.graph
+    _refuse_unplannable(graph)
+    run_passes(graph, fake_mode)
     params, buffers, inputs, tangents = {}, {}, {}, {}
     for node in graph.find_nodes(op="placeholder"):
         desc = node.meta["desc"]
@@ -221,8 +224,6 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
                 mutations[first(desc.mutated_input.target)] = value
             case other:
                 raise CaptureError(f"the model gives an output of type {other} ({value}), which chunked training does not support")
-    _refuse_unplannable(graph)
-    correct_statistics(graph, fake_mode)
     leaves = [outputs[i] for i in range(len(outputs))]
     whole, lost = joint.out_spec.child(0), joint.out_spec.child(1).num_leaves
     names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()
