@@ -128,9 +128,9 @@ def _train(entry: Entry, model: nn.Module, optimizer: AdamW, batch: Batch, hook:
     forward_nbytes = hook.peak() if hook else 0
     leaves, spec = pytree.tree_flatten(output)
     results = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    cut = [leaf.detach().requires_grad_() if leaf.requires_grad else leaf for leaf in leaves]
+    cut = [leaf.detach().requires_grad_() if any(leaf is result for result in results) else leaf for leaf in leaves]
     torch.autograd.backward(entry.loss(pytree.tree_unflatten(cut, spec)))
-    gradients = [leaf.grad for leaf in cut if leaf.requires_grad]
+    gradients = [leaf.grad for leaf in cut if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     del output, leaves, cut
     if hook:
         hook.reset()
