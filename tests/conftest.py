@@ -62,9 +62,12 @@ def _no_cache_on_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _young_collector() -> None:
-    """Imported libraries leave a million objects that every collection would visit; planning collects several times."""
+    """Collections visit only what the test at hand makes: planning and measuring collect many times in each.
+
+    What is older (imports, captures, compiled code: millions of objects) would make that longer than the rest of the test.
+    """
     gc.collect()
     gc.freeze()
 
