@@ -27,6 +27,7 @@ class Workshop:
 
     def __init__(self) -> None:
         self.costs = OperatorCosts(torch.device("cpu"))
+        self._costs = {self.costs.device: self.costs}
         self.captured = 0
         self._captures: dict[str, Capture] = {}
         self._lowerings: dict[int, Lowering] = {}
@@ -34,8 +35,8 @@ class Workshop:
     def capture(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
         """As `capture.capture`."""
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        trained = [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
+        shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        trained = [(parameter.requires_grad, parameter.dtype, parameter.device) for parameter in model.parameters()]
         modes = [module.training for module in model.modules()]
         autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
         key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
@@ -47,6 +48,16 @@ class Workshop:
     def lower(self, found: Capture, segments: Sequence[Segment]) -> Lowering:
         """As `Lowering`."""
         return self._lowerings.setdefault(id(found), Lowering(found, segments))
+
+    def measured(self, device: torch.device) -> OperatorCosts:
+        """As `OperatorCosts`."""
+        return self._costs.setdefault(device, OperatorCosts(device))
+
+    def open(self, patch: pytest.MonkeyPatch) -> None:
+        """From now on compiling goes through here."""
+        patch.setattr("chunkft_compile.session.capture", self.capture)
+        patch.setattr("chunkft_compile.session.OperatorCosts", self.measured)
+        patch.setattr("chunkft_compile.compiled.Lowering", self.lower)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,9 +73,13 @@ def _no_cache_on_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _young_collector() -> None:
-    """Imported libraries leave a million objects that every collection would visit; planning collects several times."""
+    """Collections visit only what the test at hand makes: planning and measuring collect many times in each.
+
+    What is older (imports, captures, compiled code: millions of objects) would make that longer than the rest of the test.
+    `gc.get_objects` does not show it either, by which the runtime finds optimizers: make them in the test, not in a fixture of the module.
+    """
     gc.collect()
     gc.freeze()
 
@@ -81,9 +96,7 @@ def captures_once(workshop: Workshop) -> Iterator[Workshop]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chunkft_compile.session.capture", workshop.capture)
-        patch.setattr("chunkft_compile.session.OperatorCosts", lambda _: workshop.costs)
-        patch.setattr("chunkft_compile.compiled.Lowering", workshop.lower)
+        workshop.open(patch)
         yield workshop
     torch.set_num_threads(threads)
 
