@@ -5,7 +5,7 @@ transformers. A *sweep* is the steps after which every parameter was trained onc
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -152,15 +152,15 @@ def _rotation(model: nn.Module, *, keep: bool) -> Rotation:
 
 def _compiled(model: nn.Module) -> nn.Module:
     """By Inductor, as one graph of fixed shapes."""
-    compiled: nn.Module = torch.compile(model, fullgraph=True, dynamic=False)
-    return compiled
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
+    return compiled  # type: ignore[no-any-return]
 
 
 def _with_adapters(model: nn.Module) -> nn.Module:
     """Rank 8 beside every matrix of every block (peft); the model itself is frozen."""
     from peft import LoraConfig, get_peft_model
 
-    adapted: nn.Module = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))  # type: ignore[arg-type]
+    adapted: nn.Module = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     return adapted.train()
 
 

@@ -25,7 +25,8 @@ def build_model(layers: int, dtype: str = "fp32", *, checkpointing: bool = False
         tie_word_embeddings=False,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(DTYPES[dtype])
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, DTYPES[dtype])
     if checkpointing:
         # Named gradient_checkpointing_enable before transformers 5.24. It also makes the output of a frozen embedding require a gradient,
         # which only reentrant checkpointing needs: backward would run down to it, and rotation would lose its early stop.

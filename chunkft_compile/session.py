@@ -22,6 +22,7 @@ from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import BudgetError, TrainingError
+from chunkft_compile.hooks import refuse_hooks
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
@@ -127,6 +128,7 @@ class Session:
 
     def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
         """The joint graph, as if all weights were on the device."""
+        refuse_hooks(self.model)
         if not is_elsewhere(self.model, self.device):
             return capture(self.model, args, kwargs, loss_only=self.options.loss_only)
         with faked(self.model, self.device, args, kwargs) as (fake_args, fake_kwargs):

@@ -80,7 +80,8 @@ class _Partly(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Through both."""
-        return (nn.functional.linear(x, self.summed.weight.cumsum(0)) + self.plain(x)).sum()
+        result: torch.Tensor = nn.functional.linear(x, self.summed.weight.cumsum(0)) + self.plain(x)
+        return result.sum()
 
 
 def test_examining_a_module() -> None:
