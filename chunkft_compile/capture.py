@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+# Private (2.13.0): what `torch.compile(model)` gives.
+from torch._dynamo.eval_frame import OptimizedModule
+
 # Private (2.13.0): Dynamo's export front end. Plain `make_fx` cannot trace transformers' mask code, which reads tensor values.
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
@@ -104,6 +107,11 @@ class _Template(nn.Module):
         if self.loss_only and hasattr(output, "keys") and "loss" in output.keys():  # noqa: SIM118 (Dynamo traces keys())
             return type(output)(loss=output["loss"]), tuple(key for key in output.keys() if key != "loss")  # noqa: SIM118
         return output, ()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind `torch.compile(model)`: its weights have their own names there. Capture sees through all other forms by itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:

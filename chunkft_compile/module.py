@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
+from chunkft_compile.capture import unwrapped
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.elsewhere import visiting
 from chunkft_compile.errors import TrainingError
@@ -82,10 +83,13 @@ def compile(
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
 
+    A `model` that is under `torch.compile` already is taken out of it. Around the result, `torch.compile` runs it as it is.
+
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
     is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
     nothing to train, accumulation with immediate updates, and a precision that means nothing to the dtypes of its weights.
     """
+    model = unwrapped(model)
     device = torch.empty(0, device=device).device if device is not None else _device_of(model)  # with its index
     plan = read_plan(schedule) if schedule is not None else None
     chosen = _precision(model, precision, plan)
@@ -246,6 +250,7 @@ class ChunkedModule(nn.Module):
         with autocast.off():
             return self._session.compiled_for(args, self._training_kwargs(kwargs), autocast).plain_peak_nbytes()
 
+    @torch.compiler.disable(reason="the engine of a chunked model runs a program of its own")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
         if not torch.is_grad_enabled():
@@ -391,6 +396,7 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @torch.compiler.disable(reason="autograd calls it from within a compiled training step")
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         if ctx.run.finished:
             raise TrainingError("backward() was already called on this loss; its saved values are gone. Run the forward again")

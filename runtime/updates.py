@@ -29,6 +29,7 @@ from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of
 from chunkft_compile.runtime.precision import Rounding, WideStep
 from chunkft_compile.runtime.supported import refuse_unsupported
+from chunkft_compile.runtime.untraced import pause, resume
 
 
 class Updater:
@@ -369,14 +370,33 @@ def _hook_optimizers() -> None:
     torch has global hooks only. Two of them, for good, instead of two per model that leave with it: torch iterates over them, and
     a model may be collected meanwhile.
     """
-    register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _tell("before_step", optimizer, args, kwargs))
-    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: _tell("after_step", optimizer, args, kwargs))
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _tell(method: str, optimizer: Optimizer, *arguments: Any) -> None:
+@torch.compiler.disable(recursive=False)
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not is_stepping(optimizer):
-        for updater in list(_updaters):
-            getattr(updater, method)(optimizer, *arguments)
+        pause(optimizer)
+        if not _tell("before_step", optimizer, args, kwargs):
+            resume(optimizer)
+
+
+@torch.compiler.disable(recursive=False)
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not is_stepping(optimizer):
+        _tell("after_step", optimizer, args, kwargs)
+        if not _is_within(optimizer):
+            resume(optimizer)
+
+
+def _tell(method: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether one of them has chunks in this optimizer."""
+    concerned = False
+    for updater in list(_updaters):
+        getattr(updater, method)(optimizer, args, kwargs)
+        concerned |= bool(updater.chunks_of(optimizer))
+    return concerned
 
 
 def _restricted(instructions: Sequence[Instruction], ready: set[int], here: Collection[int]) -> list[Instruction]:

@@ -1,0 +1,29 @@
+"""Steps of optimizers over chunks inside of a function that is under `torch.compile`: Dynamo keeps out of them.
+
+It would compile the optimizer anew for every step of the sweep, because other chunks have a gradient in each, and what it compiles
+takes other bytes than the plan counts. A hook cannot end the tracing of the frames that follow it, but those look for Dynamo's
+callback when they start, and a hook can take that away until the step is done. After an error it stays away until the compiled
+function is left, which puts back what was there before it.
+"""
+
+import weakref
+from typing import Any
+
+from torch._C._dynamo.eval_frame import set_eval_frame  # Private (2.13.0): the callback of this thread; `torch.compiler` has no such call
+from torch.optim import Optimizer
+
+_callbacks: "weakref.WeakKeyDictionary[Optimizer, Any]" = weakref.WeakKeyDictionary()
+
+
+def pause(optimizer: Optimizer) -> None:
+    """From here to `resume`, frames of this thread run as they are."""
+    callback = set_eval_frame(None)
+    if callback is not None:
+        _callbacks[optimizer] = callback
+
+
+def resume(optimizer: Optimizer) -> None:
+    """The step is done."""
+    callback = _callbacks.pop(optimizer, None)
+    if callback is not None:
+        set_eval_frame(callback)
