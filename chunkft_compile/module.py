@@ -23,6 +23,7 @@ from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.runtime.store import Traffic
+from chunkft_compile.runtime.untraced import untraced
 from chunkft_compile.session import Options, Session
 from chunkft_compile.solving import Solving, kept, read_plan, write_plan
 
@@ -226,6 +227,10 @@ class ChunkedModule(nn.Module):
         """
         return self._session.rounding.generator
 
+    def adopt_optimizers(self) -> None:
+        """From now on, optimizers over the model's own parameters get the chunks in their place, and their state with them."""
+        self._session.adopt_optimizers()
+
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
 
@@ -250,7 +255,7 @@ class ChunkedModule(nn.Module):
         with autocast.off():
             return self._session.compiled_for(args, self._training_kwargs(kwargs), autocast).plain_peak_nbytes()
 
-    @torch.compiler.disable(reason="the engine of a chunked model runs a program of its own")
+    @untraced("the engine of a chunked model runs a program of its own")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
         if not torch.is_grad_enabled():
@@ -396,7 +401,7 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.compiler.disable(reason="autograd calls it from within a compiled training step")
+    @untraced("autograd calls it from within a compiled training step")
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         if ctx.run.finished:
             raise TrainingError("backward() was already called on this loss; its saved values are gone. Run the forward again")

@@ -105,6 +105,10 @@ class Session:
             raise TrainingError("there is no plan yet: call model.plan(**batch), or train one batch")
         return self.sweep
 
+    def adopt_optimizers(self) -> None:
+        """From now on, optimizers over the model's own parameters get the chunks in their place."""
+        self._updater.adopts = True
+
     def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Compiled:
         """What is compiled for a batch like this one, made anew for a new signature, mode or autocast."""
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
