@@ -56,6 +56,7 @@ def compile(
     options: Sequence[str] | None = None,
     state: Sequence[str] | None = None,
     weights: Sequence[str] | None = None,
+    backend: Literal["eager", "inductor"] = "eager",
     solve_seconds: float = 5.0,
     seed: int = 0,
 ) -> "ChunkedModule":
@@ -84,6 +85,9 @@ def compile(
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
 
+    With `backend="inductor"`, what a kind of segments computes is compiled by Inductor when a step first needs it, once for all its
+    segments and all positions of its slices, and used where it holds the bytes of the plan (see `eager_codes`).
+
     A `model` that is under `torch.compile` already is taken out of it. Around the result, `torch.compile` runs it as it is.
 
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
@@ -107,12 +111,14 @@ def compile(
         )
     if prefer not in ("time", "fresh"):
         raise ValueError(f'prefer is "time" or "fresh", not {prefer!r}')
+    if backend not in ("eager", "inductor"):
+        raise ValueError(f'backend is "eager" or "inductor", not {backend!r}')
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, not {max_steps}")
     directory = Path(store) if store is not None else None
     solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state), _places(weights))
     budget_nbytes = _budget(budget, plan, device)
-    wanted = Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen)
+    wanted = Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen, backend)
     return ChunkedModule(model, device, wanted)
 
 
@@ -204,6 +210,16 @@ class ChunkedModule(nn.Module):
         return self._session.dense_parameters()
 
     @property
+    def eager_codes(self) -> tuple[str, ...]:
+        """With `backend="inductor"`, the codes so far that run as they are, each with the reason."""
+        return self._session.inductor.eager_codes if self._session.inductor else ()
+
+    @property
+    def compiled_codes(self) -> int:
+        """With `backend="inductor"`, how many codes so far run as Inductor compiled them."""
+        return self._session.inductor.compiled_codes if self._session.inductor else 0
+
+    @property
     def store_nbytes(self) -> int:
         """Bytes of optimizer state, weights and saved values in the stores."""
         return self._session.stores.nbytes
@@ -276,7 +292,7 @@ class ChunkedModule(nn.Module):
         tangents = compiled.capture.tangents
         sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
         sources = {value: tensor for value, tensor in sources.items() if value not in assembled.streamed}
-        calls, offloader = [code.call for code in assembled.codes], Offloader(session.stores)
+        calls, offloader = session.calls(compiled, assembled), Offloader(session.stores)
         leaves, stepper = {number: self.chunks[number].leaf for number in step.chunks}, session.stepper(compiled, step)
         watch = session.watch(compiled, step)
         run = Run(assembled.program, calls, sources, leaves, stepper, offloader, session.keeper, assembled.streamed, watch)

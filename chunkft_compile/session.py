@@ -22,13 +22,14 @@ from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import BudgetError, TrainingError
+from chunkft_compile.inductor import Inductor
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
-from chunkft_compile.runtime.engine import Stepper
+from chunkft_compile.runtime.engine import Call, Stepper
 from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost
@@ -58,6 +59,7 @@ class Options:
     updates: tuple[Update, ...] = (Update.HELD,)
     plan: Plan | None = None
     precision: Precision = Precision.PLAIN
+    backend: str = "eager"
 
 
 class Session:
@@ -82,6 +84,7 @@ class Session:
         self._anchor = anchor
         self._watch = Watch()
         self._costs = OperatorCosts(device)
+        self.inductor = Inductor(device, self._costs.temporary_nbytes) if options.backend == "inductor" else None
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
@@ -236,6 +239,12 @@ class Session:
     def program(self, compiled: Compiled, step: Step) -> Assembled:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
+
+    def calls(self, compiled: Compiled, assembled: Assembled) -> list[Call]:
+        """What to call for each code of a program."""
+        if self.inductor is None:
+            return [code.call for code in assembled.codes]
+        return self.inductor.calls(assembled, [segment.name for segment in compiled.segments])
 
     def watch(self, compiled: Compiled, step: Step) -> Watch:
         """What the run of a step, or of its updates, reports to."""

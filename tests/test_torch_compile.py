@@ -99,7 +99,7 @@ def test_compiled_parts_are_captured_as_their_sources(how: str) -> None:
             for layer in plain.children():
                 layer.compile(backend=_refuse)
         case "its forward":
-            plain.forward = torch.compile(plain.forward, backend=_refuse)  # type: ignore[method-assign]
+            plain.forward = torch.compile(plain.forward, backend=_refuse)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chunkft_compile.session.capture", capture)  # the workshop would give that of the plain model
         assert compile_quickly(plain, PLENTY).plan(x).peak_nbytes == expected.peak_nbytes
