@@ -141,9 +141,9 @@ def _lower(code: Code) -> Call:
         else:
             with shapes.ignore_fresh_unbacked_symbols():
                 start = shapes.create_unbacked_symint()
-            torch._check(start >= 0)
+            torch._check(start >= 0)  # type: ignore[no-untyped-call]
             if (most := _most(node)) is not None:
-                torch._check(start <= most)
+                torch._check(start <= most)  # type: ignore[no-untyped-call]
             arguments.append(start)
 
     def run(*values: Any) -> list[torch.Tensor]:
@@ -172,7 +172,7 @@ def _most(start: fx.Node) -> int | None:
     for user in start.users:
         if user.target is torch.ops.aten.narrow.default:
             source, dim, _, length = user.args
-            ends.append(source.meta["val"].shape[dim] - length)  # type: ignore[union-attr, index, operator]
+            ends.append(source.meta["val"].shape[dim] - length)  # type: ignore[union-attr]
     return min(ends, default=None)
 
 

@@ -40,6 +40,7 @@ from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
 from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, kept, solve
+from chunkft_compile.tracing import trace_capture, trace_plan, trace_program
 from chunkft_compile.widening import widen_gradients
 
 logger = logging.getLogger("chunkft_compile")
@@ -85,6 +86,7 @@ class Session:
         self._watch = Watch()
         self._costs = OperatorCosts(device)
         self.inductor = Inductor(device, self._costs.temporary_nbytes) if options.backend == "inductor" else None
+        self._traced: weakref.WeakSet[Assembled] = weakref.WeakSet()
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
@@ -122,6 +124,7 @@ class Session:
             with autocast.on():
                 found = self._capture(args, kwargs)
             found = widen_gradients(found, self.options.precision)
+            trace_capture(found)
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
             stand_ins = [chunk.stand_in for chunk in self.chunks if chunk.stand_in is not None]
@@ -241,10 +244,14 @@ class Session:
         return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
 
     def calls(self, compiled: Compiled, assembled: Assembled) -> list[Call]:
-        """What to call for each code of a program."""
+        """What to call for each code of a program that is about to run."""
+        names = [segment.name for segment in compiled.segments]
+        if assembled not in self._traced:
+            self._traced.add(assembled)
+            trace_program(assembled, names)
         if self.inductor is None:
             return [code.call for code in assembled.codes]
-        return self.inductor.calls(assembled, [segment.name for segment in compiled.segments])
+        return self.inductor.calls(assembled, names)
 
     def watch(self, compiled: Compiled, step: Step) -> Watch:
         """What the run of a step, or of its updates, reports to."""
@@ -339,6 +346,7 @@ class Session:
                 raise self._budget_error(compiled) from None
         state = self.sweep.state if self.sweep else self._loaded.state if self._loaded else SweepState()
         self._follow(compiled, problem, Sweep.after(schedule, state))
+        trace_plan(lambda: kept(compiled, problem, schedule))
         if dense := self.dense_parameters():
             logger.warning("no slicing rule for the gradient of %s: it is computed whole and cut, and counted so", ", ".join(dense))
         logger.info(
