@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 
 from torch import fx, nn
-from torch._logging import trace_structured  # Private (2.13.0): the only way into the trace
+from torch._logging._internal import trace_structured  # Private (2.13.0): the only way into the trace
 
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.capture import Capture

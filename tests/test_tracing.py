@@ -49,7 +49,7 @@ def test_each_capture_plan_and_step_is_an_artifact(captures_once: Workshop, monk
     assert [metadata["encoding"] for metadata, _ in artifacts[:3]] == ["string", "json", "string"]
     (_, graph), (_, plan), (_, program) = artifacts[:3]
     assert "torch.ops.aten.tanh_backward.default" in graph
-    read = from_json(plan)
+    read = from_json(plan, Plan)
     assert isinstance(read, Plan)
     assert model.schedule is not None
     assert read.schedule.peak_nbytes == model.schedule.peak_nbytes
