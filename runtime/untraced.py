@@ -26,11 +26,12 @@ def untraced(reason: str, *, recursive: bool = True) -> Callable[[Function], Fun
     return made
 
 
-def pause(optimizer: Optimizer) -> None:
-    """From here to `resume`, frames of this thread run as they are."""
+def pause(optimizer: Optimizer) -> bool:
+    """From here to `resume`, frames of this thread run as they are. Whether they did not already."""
     callback = set_eval_frame(None)
     if callback is not None:
         _callbacks[optimizer] = callback
+    return callback is not None
 
 
 def resume(optimizer: Optimizer) -> None:

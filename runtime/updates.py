@@ -386,8 +386,9 @@ def _hook_optimizers() -> None:
 @untraced("a hook that ends the tracing of the step", recursive=False)
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not is_stepping(optimizer):
-        pause(optimizer)
-        if not _tell("before_step", optimizer, args, kwargs):
+        paused = pause(optimizer)
+        _tell("before_step", optimizer, args, kwargs)
+        if paused and not any(updater.chunks_of(optimizer) for updater in list(_updaters)):
             resume(optimizer)
 
 
@@ -399,13 +400,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             resume(optimizer)
 
 
-def _tell(method: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether one of them has chunks in this optimizer."""
-    concerned = False
+def _tell(method: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for updater in list(_updaters):
         getattr(updater, method)(optimizer, args, kwargs)
-        concerned |= bool(updater.chunks_of(optimizer))
-    return concerned
 
 
 def _restricted(instructions: Sequence[Instruction], ready: set[int], here: Collection[int]) -> list[Instruction]:

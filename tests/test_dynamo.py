@@ -202,11 +202,11 @@ def test_other_lengths_are_signatures_of_the_same_chunked_model(case: Case, batc
     other = AdamW(reference.parameters(), lr=1e-2)
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=False):
-        for size in (10, 12, 10, 14):
+        for size in (10, 12, 10):
             loss = _step(model, optimizer, batch(**{name: size}))
             assert loss == pytest.approx(_step(reference, other, batch(**{name: size})), rel=1e-5)
     assert counters["stats"]["unique_graphs"] == 2
-    assert chunked_of(plain).progress.sweep == 4
+    assert chunked_of(plain).progress.sweep == 3
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from chunkft_compile import ChunkedModule
 from chunkft_compile.capture import capture
 from tests.conftest import Workshop
 from tests.invariants.harness import compile_quickly, smallest_nbytes
-from tests.models import CASES, Batch, compute_loss, sequential, token_batch, vector_batch
+from tests.models import CASES, PLAIN, Batch, compute_loss, sequential, vector_batch
 
 pytestmark = [
     pytest.mark.usefixtures("captures_once", "_fresh_dynamo"),
@@ -24,6 +24,7 @@ pytestmark = [
 
 PLENTY = 10**8
 LLAMA = CASES[0]
+MLP = PLAIN[0]
 
 Step = Callable[[Batch], torch.Tensor]
 
@@ -39,7 +40,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 @dataclass
 class _Loop:
-    """A Llama that needs several steps to a sweep, and its optimizer."""
+    """A model that needs several steps to a sweep, and its optimizer."""
 
     model: ChunkedModule
     optimizer: Optimizer
@@ -48,7 +49,7 @@ class _Loop:
         """The losses of whole sweeps, and the weights after them."""
         losses: list[float] = []
         while not losses or self.model.progress.sweep < count:
-            losses.append(step(token_batch(len(losses))).item())
+            losses.append(step(vector_batch(len(losses))).item())
             self.optimizer.zero_grad()
         assert len(losses) > count, "nothing rotates"
         return losses, {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -59,7 +60,7 @@ def loop(workshop: Workshop) -> Callable[[], _Loop]:
     """Makes the same one every time."""
 
     def make() -> _Loop:
-        model = compile_quickly(LLAMA.build(), smallest_nbytes(workshop, LLAMA) * 6 // 5)
+        model = compile_quickly(MLP.build(), smallest_nbytes(workshop, MLP) * 6 // 5)
         return _Loop(model, AdamW(model.parameters(), lr=1e-2))
 
     return make
