@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+# Private (2.13.0): what `torch.compile(model)` gives.
+from torch._dynamo.eval_frame import OptimizedModule
+
 # Private (2.13.0): Dynamo's export front end. Plain `make_fx` cannot trace transformers' mask code, which reads tensor values.
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
@@ -22,15 +25,15 @@ from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.names import named_once
 from chunkft_compile.passes import run_passes
+from chunkft_compile.traced import MODEL, Bound, TracedModel
 
 logger = logging.getLogger(__name__)
-
-_MODEL = "model."  # what `_Template` puts before every name of the user's model
 
 
 class Dropped:
@@ -106,6 +109,11 @@ class _Template(nn.Module):
         return output, ()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind `torch.compile(model)`: its weights have their own names there. Capture sees through all other forms by itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
     """Trace forward and backward of `model(*args, **kwargs)` into one graph.
 
@@ -122,20 +130,31 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False, allow_rnn=True)
     with torch.enable_grad(), _side_effects_told(model), config, _backward_without_autocast(model):
         try:
-            traced = dynamo_graph_capture_for_export(template)(*tensors)
+            traced, fake_mode = _trace(model, leaves, template, tensors)
             with contextlib.ExitStack() as stack:
-                stack.enter_context(tracing(TracingContext(traced.meta["fake_mode"])))
+                stack.enter_context(tracing(TracingContext(fake_mode)))
                 # Static fakes: AOTAutograd would give inputs symbolic sizes, and bytes need numbers. So one graph per shape.
-                fakes = tuple(traced.meta["fake_mode"].from_tensor(tensor, static_shapes=True) for tensor in tensors)
+                fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
                 joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
         except (TorchDynamoException, RuntimeError, NotImplementedError) as error:
             with torch.no_grad():
                 model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
             raise _explain(error, model) from error
-    found = _read(joint, traced.meta["fake_mode"], _first_names(model))
+    found = _read(joint, fake_mode, _first_names(model))
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
     return found
+
+
+def _trace(
+    model: nn.Module, leaves: Sequence[Any], template: _Template, tensors: Sequence[torch.Tensor]
+) -> tuple[fx.GraphModule, FakeTensorMode]:
+    """The graph of a call, by Dynamo if it has not traced it already."""
+    if isinstance(model, TracedModel):
+        (bound,) = (leaf for leaf in leaves if isinstance(leaf, Bound))
+        return model.graph_module(bound), FakeTensorMode(shape_env=ShapeEnv())
+    traced: fx.GraphModule = dynamo_graph_capture_for_export(template)(*tensors)
+    return traced, traced.meta["fake_mode"]
 
 
 def _backward_without_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -186,7 +205,7 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
     """Turn descriptors into plain dictionaries; positions are never relied upon."""
 
     def first(target: str) -> str:
-        return first_names[target.removeprefix(_MODEL)]
+        return first_names[target.removeprefix(MODEL)]
 
     module = joint.graph_module
     graph: fx.Graph = module.graph

@@ -23,13 +23,14 @@ from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import BudgetError, TrainingError
 from chunkft_compile.hooks import refuse_hooks
+from chunkft_compile.inductor import Inductor
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
-from chunkft_compile.runtime.engine import Stepper
+from chunkft_compile.runtime.engine import Call, Stepper
 from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost
@@ -40,6 +41,7 @@ from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
 from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, kept, solve
+from chunkft_compile.tracing import trace_capture, trace_plan, trace_program
 from chunkft_compile.widening import widen_gradients
 
 logger = logging.getLogger("chunkft_compile")
@@ -59,6 +61,7 @@ class Options:
     updates: tuple[Update, ...] = (Update.HELD,)
     plan: Plan | None = None
     precision: Precision = Precision.PLAIN
+    backend: str = "eager"
 
 
 class Session:
@@ -83,6 +86,8 @@ class Session:
         self._anchor = anchor
         self._watch = Watch()
         self._costs = OperatorCosts(device)
+        self.inductor = Inductor(device, self._costs.temporary_nbytes) if options.backend == "inductor" else None
+        self._traced: weakref.WeakSet[Assembled] = weakref.WeakSet()
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
@@ -106,6 +111,10 @@ class Session:
             raise TrainingError("there is no plan yet: call model.plan(**batch), or train one batch")
         return self.sweep
 
+    def adopt_optimizers(self) -> None:
+        """From now on, optimizers over the model's own parameters get the chunks in their place."""
+        self._updater.adopts = True
+
     def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Compiled:
         """What is compiled for a batch like this one, made anew for a new signature, mode or autocast."""
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -116,6 +125,7 @@ class Session:
             with autocast.on():
                 found = self._capture(args, kwargs)
             found = widen_gradients(found, self.options.precision)
+            trace_capture(found)
             self._check_all_trained(found.gradients)
             batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
             stand_ins = [chunk.stand_in for chunk in self.chunks if chunk.stand_in is not None]
@@ -235,6 +245,16 @@ class Session:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
 
+    def calls(self, compiled: Compiled, assembled: Assembled) -> list[Call]:
+        """What to call for each code of a program that is about to run."""
+        names = [segment.name for segment in compiled.segments]
+        if assembled not in self._traced:
+            self._traced.add(assembled)
+            trace_program(assembled, names)
+        if self.inductor is None:
+            return [code.call for code in assembled.codes]
+        return self.inductor.calls(assembled, names)
+
     def watch(self, compiled: Compiled, step: Step) -> Watch:
         """What the run of a step, or of its updates, reports to."""
         planned, accumulating = self.planned, self.accumulating
@@ -328,6 +348,7 @@ class Session:
                 raise self._budget_error(compiled) from None
         state = self.sweep.state if self.sweep else self._loaded.state if self._loaded else SweepState()
         self._follow(compiled, problem, Sweep.after(schedule, state))
+        trace_plan(lambda: kept(compiled, problem, schedule))
         if dense := self.dense_parameters():
             logger.warning("no slicing rule for the gradient of %s: it is computed whole and cut, and counted so", ", ".join(dense))
         logger.info(
