@@ -17,7 +17,7 @@ between the steps. `first step` is the wall time of the first step beyond the ti
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 import torch
@@ -64,7 +64,7 @@ class Row:
             f"{self.seconds:.2f}",
             f"{self.times.ratio:.2f}",
             f"{ROWS * TOKENS / self.seconds:.0f}",
-            f"{self.seconds / self.bound_s:.2f}",
+            f"{self.seconds / self.bound_s:.2f}" if self.flops else "",
             str(self.peak.steps),
             f"{compile_s:.1f}",
             mb(predicted) if predicted is not None else "",
@@ -97,11 +97,7 @@ def measure(entry: Entry, least_steps: int) -> Row | Refusal:
 def with_flops(rows: list[Row]) -> list[Row]:
     """Compiled code hides its operators from the counter: it does the work of the same program uncompiled."""
     known = {(row.entry.budget_nbytes > 0): row.flops for row in rows if row.entry.name == PLAIN or row.entry.name.startswith(f"{OURS}, ")}
-    hidden = [row.entry.name == COMPILED or row.entry.backend != "eager" for row in rows]
-    return [
-        Row(row.entry, row.peak, row.times, known.get(row.entry.budget_nbytes > 0, row.flops) if hide else row.flops)
-        for row, hide in zip(rows, hidden, strict=True)
-    ]
+    return [replace(row, flops=known.get(row.entry.budget_nbytes > 0, 0)) if row.entry.hides_operators else row for row in rows]
 
 
 def main() -> None:

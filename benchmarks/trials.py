@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import chunkft_compile
 from benchmarks.common import Batch, cpu_seconds, mb
-from benchmarks.contestants import PLAIN, RIVALS, Ours, Trainer
+from benchmarks.contestants import COMPILED, PLAIN, RIVALS, Ours, Trainer
 from benchmarks.llama import DTYPES, HIDDEN, ROWS, TOKENS, WIDE, build_batch
 from chunkft_compile.runtime.allocators import install
 
@@ -26,6 +26,11 @@ class Entry:
     fused: bool = True
     dtype: str = "fp32"
     backend: str = "eager"
+
+    @property
+    def hides_operators(self) -> bool:
+        """Whether compiled code runs instead of operators that can be counted."""
+        return self.name == COMPILED or self.backend != "eager"
 
     def build(self) -> Trainer:
         """Its model, optimizers and loop."""
@@ -53,7 +58,7 @@ class Times:
     """CPU seconds of each step of whole sweeps, those of the plain step after each, and the wall time of the former together.
 
     `first_s` is the wall time of the first step, with everything that is compiled, measured and planned in it. `flops` are the
-    floating-point operations of all matrix products of one sweep; `flops_per_s` is the rate of a product of the shape that the model
+    floating-point operations of all matrix products of one sweep (0 where compiled code hides its operators); `flops_per_s` is the rate of a product of the shape that the model
     has most of, measured between the steps.
     """
 
@@ -119,7 +124,8 @@ def measure_times(entry: Entry, least_steps: int) -> Times:
         wall_s += time.perf_counter() - start
         plain_s.append(cpu_seconds(lambda: plain.step(batch)))
         product.run()
-    return Times(own_s, plain_s, wall_s, first_s, _flops(trainer, batch, steps), product.flops_per_s)
+    flops = 0 if entry.hides_operators else _flops(trainer, batch, steps)
+    return Times(own_s, plain_s, wall_s, first_s, flops, product.flops_per_s)
 
 
 class Product:
@@ -149,7 +155,7 @@ class Product:
 
 
 def _flops(trainer: Trainer, batch: Batch, steps: int) -> int:
-    """Operations of the matrix products of one sweep, attention included; 0 for code that hides its operators."""
+    """Operations of the matrix products of one sweep, attention included."""
     counter = FlopCounterMode(display=False)
     with counter:
         for _ in range(steps):
