@@ -14,6 +14,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 import chunkft_compile
 from benchmarks.common import Batch, compile_model, train_step
 from benchmarks.llama import build_model
+from chunkft_compile.assembly import Assembled
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.stores import Stores
@@ -124,6 +125,13 @@ class Ours:
     def steps(self) -> int:
         """See `Trainer.steps`."""
         return self.model.progress.steps
+
+    def programs(self) -> list[Assembled]:
+        """The program of every step of a sweep; known after the first step."""
+        session = self.model._session
+        compiled = session.latest
+        assert compiled is not None, "programs are known after the first step"
+        return [session.program(compiled, step) for step in session.planned.schedule.steps]
 
     def step(self, batch: Batch) -> None:
         """See `Trainer.step`. Raises `BudgetError` at the first step if no plan fits."""

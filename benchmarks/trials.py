@@ -6,12 +6,15 @@ from math import ceil
 from statistics import fmean
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import chunkft_compile
 from benchmarks.common import Batch, cpu_seconds, mb
 from benchmarks.contestants import COMPILED, PLAIN, RIVALS, Ours, Trainer
 from benchmarks.llama import DTYPES, HIDDEN, ROWS, TOKENS, WIDE, build_batch
+from chunkft_compile.assembly import Assembled
+from chunkft_compile.planner.program import Op
 from chunkft_compile.runtime.allocators import install
 
 
@@ -58,8 +61,8 @@ class Times:
     """CPU seconds of each step of whole sweeps, those of the plain step after each, and the wall time of the former together.
 
     `first_s` is the wall time of the first step, with everything that is compiled, measured and planned in it. `flops` are the
-    floating-point operations of all matrix products of one sweep (0 where compiled code hides its operators); `flops_per_s` is the rate of a product of the shape that the model
-    has most of, measured between the steps.
+    floating-point operations of all matrix products of one sweep (0 where compiled code hides its operators); `flops_per_s` is the rate
+    of a product of the shape that the model has most of, measured between the steps.
     """
 
     own_s: list[float]
@@ -156,8 +159,24 @@ class Product:
 
 def _flops(trainer: Trainer, batch: Batch, steps: int) -> int:
     """Operations of the matrix products of one sweep, attention included."""
+    if isinstance(trainer, Ours):
+        return sum(_program_flops(program) for program in trainer.programs())
     counter = FlopCounterMode(display=False)
     with counter:
         for _ in range(steps):
             trainer.step(batch)
     return int(counter.get_total_flops())
+
+
+def _program_flops(assembled: Assembled) -> int:
+    """Of the calls of its codes. A mode that counts them as they run would keep tensors that the program frees."""
+    calls = [assembled.codes[i.code].module.graph for i in assembled.program.instructions if i.op in (Op.FORWARD, Op.BACKWARD)]
+    return sum(_node_flops(node) for graph in calls for node in graph.nodes)
+
+
+def _node_flops(node: fx.Node) -> int:
+    count = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if node.op != "call_function" or count is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    return int(count(*args, **kwargs, out_val=node.meta["val"]))
