@@ -11,6 +11,7 @@ from torch import fx
 from chunkft_compile.codes import SERVES, Code, Demand, Read, boxed_module, emit, fake_call
 from chunkft_compile.recomputing import inputs_of, inside_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
+from chunkft_compile.sizes import take_sizes
 from chunkft_compile.slicing import Rows, Slicer
 from chunkft_compile.tiles import Tiles, Wanted
 from chunkft_compile.tiling import Region
@@ -60,7 +61,8 @@ class Backward:
                 for new in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
                     new.meta[SERVES] = i
         self.graph.output(tuple(results[i] for i in range(len(self.demands))))
-        return Code(boxed_module(self.graph), tuple(reads), (), self.demands, tuple(sorted(set(dense))))
+        sizes = take_sizes(self.graph)
+        return Code(boxed_module(self.graph), tuple(reads), (), self.demands, tuple(sorted(set(dense))), self.option, sizes)
 
     def _copy(self, node: fx.Node) -> None:
         self.env[node] = self.graph.node_copy(node, self._value)

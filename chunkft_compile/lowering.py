@@ -18,8 +18,9 @@ from chunkft_compile.codes import Code, Demand, Read, boxed_module, emit
 from chunkft_compile.offloading import Movable
 from chunkft_compile.recomputing import inputs_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
+from chunkft_compile.sizes import Sizes, take_sizes
 from chunkft_compile.tiles import Tiles, Wanted
-from chunkft_compile.tiling import Region, UntiledError, find_region
+from chunkft_compile.tiling import Region, UntiledError, fewest_tiles, find_region
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,14 @@ class Lowering:
             raise ValueError(f"{segment.name} has no option {option!r}: {region}; way out: one of {', '.join(OPTIONS)}")
         return region, int(count)
 
+    def retiled(self, segment: Segment, option: str, planned: Sizes, sizes: Sizes) -> str:
+        """The option that does for `sizes` what `option` does for `planned`: tiles that are no longer, and no more than it takes."""
+        region, count = self.tiling(segment, option)
+        if region is None:
+            return option
+        tokens = [int(found.of(region.tokens)) for found in (planned, sizes)]
+        return f"{_TILED}{fewest_tiles(tokens[1], -(-tokens[0] // count), count)}"
+
     def backward(self, segment: Segment, demands: Sequence[Demand], option: str) -> Code:
         """The backward of `segment` that gives exactly `demands`, recomputing what `option` did not save."""
         key = (segment.kind, "backward", tuple(demands), option)
@@ -90,7 +99,7 @@ class Lowering:
         region, count = self.tiling(segment, option)
         key = (segment.kind, "forward", wanted, count)
         if key not in self._codes:
-            self._codes[key] = _lower_forward(self.capture, segment, wanted, region, count)
+            self._codes[key] = _lower_forward(self.capture, segment, wanted, option, region, count)
         return self._codes[key]
 
     @cached_property
@@ -128,7 +137,9 @@ def _partial_gradients(capture: Capture) -> dict[fx.Node, str]:
     return {node: next(iter(names)) for node, names in reached.items() if len(names) == 1}
 
 
-def _lower_forward(capture: Capture, segment: Segment, writes: tuple[int, ...], region: Region | None, count: int) -> Code:
+def _lower_forward(
+    capture: Capture, segment: Segment, writes: tuple[int, ...], option: str, region: Region | None, count: int
+) -> Code:
     wanted = [segment.nodes[i] for i in writes]
     needed = needed_for(wanted, {node for node in segment.nodes if is_forward(node)}, region)
     graph = fx.Graph()
@@ -151,4 +162,5 @@ def _lower_forward(capture: Capture, segment: Segment, writes: tuple[int, ...], 
         if node in needed and node not in env:
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[node] for node in wanted))
-    return Code(boxed_module(graph), tuple(Read(segment.position[node]) for node in outside), writes, (), ())
+    sizes, reads = take_sizes(graph), tuple(Read(segment.position[node]) for node in outside)
+    return Code(boxed_module(graph), reads, writes, (), (), option, sizes)

@@ -197,7 +197,21 @@ def _refuse_views(exits: set[fx.Node]) -> None:
 
 
 def tile_ranges(tokens: int, count: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of every tile: `count` of equal length, the last one shorter, fewer where there are not enough tokens."""
+    """(start, length) of every tile: `count` of equal length, the last one shorter, fewer where there are not enough tokens.
+
+    A symbolic number of tokens is not asked how much shorter the last one is: the answer would hold for few others.
+    """
     size = -(-tokens // count)
-    for start in range(0, tokens, size):
-        yield start, min(size, tokens - start)
+    for number in range(count):
+        start = number * size
+        if start >= tokens:
+            return
+        yield start, tokens - start if number == count - 1 or size > tokens - start else size
+
+
+def fewest_tiles(tokens: int, size: int, most: int) -> int:
+    """The smallest power of two, or `most`, that makes tiles of at most `size` tokens."""
+    count = 1
+    while count < most and -(-tokens // count) > size:
+        count *= 2
+    return min(count, most)
