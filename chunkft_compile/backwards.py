@@ -82,7 +82,8 @@ class Backward:
         def mark(exit_: Wanted, new: fx.Node) -> None:
             new.meta[SERVES] = exit_.demand if exit_.demand is not None else self.lowering.partials.get(exit_.node)
 
-        tiles = Tiles(region, self.count, self._value, functools.partial(emit, self.graph, self.capture))
+        ranges = self.lowering.ranges(region, self.count, self.graph)
+        tiles = Tiles(region, ranges, self._value, functools.partial(emit, self.graph, self.capture))
         found = tiles.run([*exits, *rows.values()], mark)
         self.env |= {exit_.node: found[exit_] for exit_ in exits}
         self.sums = {key: found[exit_] for key, exit_ in rows.items()}

@@ -129,8 +129,9 @@ def capture_symbolic(
     """As `capture`, with symbols for some dimensions of the batch, and where each symbol stands there.
 
     `named` has for every dimension of every tensor its name, or None for a dimension that stays a number. Dimensions of one name are
-    taken to be equal. `like` is the graph of some batch, which this one will resemble where it can. The sizes that `args` and `kwargs` have decide what tracing cannot decide for all sizes; what it decided so, the
-    shape environment of `fake_mode` keeps as guards. Sizes are no nodes of the graph but arguments of its calls.
+    taken to be equal. `like` is the graph of some batch, which this one will resemble where it can. What tracing cannot decide for all
+    sizes, it decides for those that `args` and `kwargs` have, and the shape environment of `fake_mode` keeps that as guards. Sizes are no
+    nodes of the graph but arguments of its calls.
     """
     return _capture(model, args, kwargs, named, like, loss_only=loss_only)
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ from chunkft_compile.widening import widen_gradients
 
 logger = logging.getLogger("chunkft_compile")
 
+
 @dataclass(frozen=True)
 class Options:
     """What the user chose; see `chunkft_compile.compile`."""
@@ -61,7 +62,10 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A training call under way: `calls` are what the instructions of `assembled` index. Unless `exact`, the batch is smaller than planned."""
+    """A training call under way: `calls` are what the instructions of `assembled` index.
+
+    Unless `exact`, the batch is smaller than the one that the program was made for.
+    """
 
     compiled: Compiled
     step: Step

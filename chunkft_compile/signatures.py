@@ -4,12 +4,13 @@ NOTE [sizes that one plan serves]
 The first batch of a family (same structure, dtypes, mode, autocast) is captured with its sizes. The second size makes a twin
 (`twins.py`) with symbols for the dimensions that differ and for leading ones. From then on a batch no larger than a planned one, in any
 dimension, runs the planned program with the twin's codes, and a larger one gets its capture from the twin, without tracing. Where the
-twin is not right for a batch (a dimension of one element, strides of another kind), its sizes are captured as the first ones were.
+twin is not right for a batch (its strides are of another kind, or the model branches on its length), its sizes are captured as the first
+ones were. Dimensions of one element make a family of their own.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -139,13 +140,14 @@ class Signatures:
     def refuse(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> None:
         """From now on, batches of these sizes are not run through a twin."""
         _, family, _, layout = self._family(args, kwargs, autocast)
+        logger.info("the symbolic graph has no code for sizes %s: they are captured on their own", [shape for shape, _ in layout])
         family.alone.add(layout)
 
     def _family(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast
     ) -> tuple[Hashable, _Family, list[torch.Tensor], Layout]:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        kinds = tuple(([size > 1 and "n" or size for size in leaf.shape].__repr__(), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
+        kinds = tuple(_kind(leaf) for leaf in leaves)
         whole = (str(spec), kinds, self._maker.modes, autocast)
         batch = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         layout = tuple((tuple(tensor.shape), tensor.stride()) for tensor in batch)
@@ -238,21 +240,22 @@ class Signatures:
         partner = next(iter(self._latest_first(family)), None)
         if partner is None:
             return None
-        like = family.compiled[partner].capture
-        changed = {
-            (i, dim) for i, ((old, _), (new, _)) in enumerate(zip(partner, layout, strict=True)) for dim in range(len(old)) if old[dim] != new[dim]
-        }
-        if not changed:
-            return None  # strides differ
-        changed |= {place for tried in family.tried for place in tried}
-        leading = {(i, 0) for i, (shape, _) in enumerate(layout) if shape and shape[0] > 1 and partner[i][0][0] > 1}
-        if frozenset(changed) in family.tried:
+        shapes = [(old, new) for (old, _), (new, _) in zip(partner, layout, strict=True)]
+        changed = {(i, dim) for i, (old, new) in enumerate(shapes) for dim in range(len(old)) if old[dim] != new[dim]}
+        changed = changed.union(*family.tried)
+        if not changed or frozenset(changed) in family.tried:
             return None
         family.tried.add(frozenset(changed))
+        leading = {(i, 0) for i, (_, new) in enumerate(shapes) if new and new[0] > 1}
+        like = family.compiled[partner].capture
         taken = {size for node in (*like.params, *like.buffers) for size in node.meta["val"].shape}
+        taken |= {size for pair in shapes for shape in pair for size in shape}
         for symbolic, usual in ((changed | leading, False), (changed, True)):
-            named = [[(old[d], new[d]) if (i, d) in symbolic else None for d in range(len(old))] for i, ((old, _), (new, _)) in enumerate(zip(partner, layout, strict=True))]
-            sizes = _usual(named) if usual else _unlike(named, taken | {size for shape, _ in layout for size in shape})
+            named = [
+                [pair if (i, dim) in symbolic else None for dim, pair in enumerate(zip(*both, strict=True))]
+                for i, both in enumerate(shapes)
+            ]
+            sizes = _usual(named) if usual else _unlike(named, taken)
             example = [_example(one, names, sizes) for one, names in zip(batch, named, strict=True)]
             with family.autocast.on():
                 twin = self._trace(args, kwargs, example, named, like.graph)
@@ -261,11 +264,16 @@ class Signatures:
                 self._codes += len(family.twin.lowering.codes) if family.twin is not None else 0
                 family.twin, family.served = twin, {}
                 return found
-        logger.info("sizes of this batch cannot be symbols: each is captured on its own")
+        logger.info("sizes of the batch cannot be symbols: each is captured on its own")
         return None
 
     def _trace(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], example: Sequence[torch.Tensor], named: Sequence[Sequence[object]], like: fx.Graph
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        example: Sequence[torch.Tensor],
+        named: Sequence[Sequence[object]],
+        like: fx.Graph,
     ) -> Twin | None:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         tensors = iter(example)
@@ -277,6 +285,13 @@ class Signatures:
         except (CaptureError, ValueError, RuntimeError, IndexError) as error:
             logger.debug("no symbolic capture: %s", error)
             return None
+
+
+def _kind(leaf: Any) -> Hashable:
+    """What captures of one family share. Torch takes sizes of 0 and 1 for numbers even where others are symbols."""
+    if not isinstance(leaf, torch.Tensor):
+        return repr(leaf)
+    return tuple(min(size, 2) for size in leaf.shape), leaf.dtype
 
 
 def _covers(large: Layout, small: Layout) -> bool:
@@ -310,5 +325,6 @@ def _is_prime(number: int) -> bool:
 def _example(tensor: torch.Tensor, names: Sequence[object], sizes: Mapping[object, int]) -> torch.Tensor:
     """Zeros in place of a tensor of the batch, with other sizes."""
     shape = [size if name is None else sizes[name] for size, name in zip(tensor.shape, names, strict=True)]
-    made = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    return made if tensor.is_contiguous() else torch.zeros_like(torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device))
+    if tensor.is_contiguous():
+        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()

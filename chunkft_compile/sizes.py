@@ -11,16 +11,24 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols, statically_known_true, sym_eq
+
+# Private (2.13.0): a source for symbols that stand in no input.
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
 aten = torch.ops.aten
 
-Expression = sympy.Basic
+Expression: TypeAlias = Any
+"""A sympy expression."""
+_SIZE = "chunkft_size"
+"""Key in the meta of an input of a code: the expression it holds at run time."""
+_TILE, _REST = 13, 11
+"""Tokens of a tile and of the last tile where codes are lowered: no sizes that models have, and fewer than all tokens."""
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMBERS = (*_SYMBOLIC, int, float)
 
@@ -57,6 +65,10 @@ class Sizes:
         self._values = {symbol: sympy.Integer(value) for symbol, value in values.items()}
         self._known: dict[Expression, int | float | bool] = {}
 
+    def also(self, values: Mapping[sympy.Symbol, int]) -> "Sizes":
+        """These, and more."""
+        return Sizes({symbol: int(value) for symbol, value in self._values.items()} | dict(values))
+
     def __getitem__(self, expression: Expression) -> int | float | bool:
         """What an expression is. Raises `ValueError` where it is no number for these sizes."""
         if expression not in self._known:
@@ -74,6 +86,43 @@ class Sizes:
     def stride(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """The strides of a symbolic tensor."""
         return tuple(int(self.of(size)) for size in tensor.stride())
+
+
+class SymbolicTiles:
+    """Tiles for codes with symbolic sizes: how long they are and where they begin is only known at run time.
+
+    Their lengths are symbols of their own, and lowering takes every tile for the first one: else the guards of a code with many tiles
+    would speak of the tokens of the whole batch, and hold for no small one.
+    """
+
+    def __init__(self, environment: ShapeEnv) -> None:
+        self._tile, self._rest = (_new_symbol(environment, name, hint) for name, hint in (("tile", _TILE), ("rest", _REST)))
+
+    @property
+    def symbols(self) -> tuple[sympy.Symbol, ...]:
+        """Their symbols."""
+        return expression_of(self._tile), expression_of(self._rest)
+
+    def ranges(self, graph: fx.Graph, count: int) -> list[tuple[int | fx.Node, Any]]:
+        """Start and length of each of `count` tiles; the starts are new inputs of the graph."""
+        first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+        starts: list[int | fx.Node] = [0]
+        with graph.inserting_before(first) if first is not None else contextlib.nullcontext():
+            for number in range(1, count):
+                node = graph.placeholder(f"tile{number}")
+                node.meta |= {"val": 0, _SIZE: number * expression_of(self._tile)}
+                starts.append(node)
+        return [(start, self._tile if number < count - 1 else self._rest) for number, start in enumerate(starts)]
+
+    def sizes(self, sizes: "Sizes", length: int, rest: int) -> "Sizes":
+        """`sizes` with those of the tiles."""
+        return sizes.also(dict(zip(self.symbols, (length, rest), strict=True)))
+
+
+def _new_symbol(environment: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    source = ConstantSource(f"chunkft_{name}")
+    symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC)
+    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
 
 
 class Guards:
@@ -115,7 +164,7 @@ def _number(expression: Expression) -> int | float | bool:
         return bool(expression)
     if not getattr(expression, "is_number", False):
         raise ValueError(f"{expression} does not follow from the sizes of the batch")
-    return int(expression) if expression.is_integer else float(expression)  # type: ignore[arg-type]
+    return int(expression) if expression.is_integer else float(expression)
 
 
 def expression_of(value: Any) -> Expression:
@@ -144,16 +193,17 @@ def symbolic_inputs(
     for node in traced.graph.find_nodes(op="placeholder"):
         # Private (2.13.0): where Dynamo found this input; `tensors[i]` of the template's forward.
         source = getattr(node, "_dynamo_source", None)
-        if getattr(getattr(source, "base", None), "local_name", None) == "tensors":
+        if source is not None and getattr(getattr(source, "base", None), "local_name", None) == "tensors":
             sources[source.index] = node.meta["val"]
     symbols, first = Symbols(), dict[object, Any]()
+    found: Any
     for number, value in sorted(sources.items()):
         for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
             if named[number][dim] is not None:
                 first.setdefault(named[number][dim], size)
             for found, is_stride in ((size, False), (stride, True)):
                 # Private (2.13.0): `expr` puts for a symbol what it turned out to be equal to; this is the one made for the dimension.
-                if isinstance(found, torch.SymInt) and isinstance(symbol := found.node._expr, sympy.Symbol):
+                if is_symbolic(found) and isinstance(symbol := found.node._expr, sympy.Symbol):
                     symbols.places.setdefault(symbol, Place(number, dim, is_stride))
     fakes = []
     for number, tensor in enumerate(tensors):
@@ -224,15 +274,11 @@ def symbols_allowed() -> Iterator[None]:
         yield
 
 
-def is_equal(one: Any, other: Any) -> bool:
-    """Whether two sizes, or two shapes, are equal: for symbolic ones, whether they are for all sizes. No guard comes of it."""
-    return bool(statically_known_true(sym_eq(one, other)))
-
-
 def take_sizes(graph: fx.Graph) -> tuple[Expression, ...]:
     """Make every symbolic number in the arguments of calls an input of the graph, after those that it has; gives their expressions."""
     made: dict[Expression, fx.Node] = {}
     first = next(node for node in graph.nodes if node.op != "placeholder")
+    given = [node.meta[_SIZE] for node in graph.nodes if node.op == "placeholder" and _SIZE in node.meta]
 
     def argument(leaf: Any) -> Any:
         if not isinstance(leaf, _SYMBOLIC):
@@ -250,7 +296,7 @@ def take_sizes(graph: fx.Graph) -> tuple[Expression, ...]:
         if node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, argument)
             node.kwargs = fx.node.map_aggregate(node.kwargs, argument)
-    return tuple(made)
+    return (*given, *made)
 
 
 def with_sizes(call: Callable[[list[Any]], Any], numbers: Sequence[int | float | bool]) -> Callable[[list[Any]], Any]:

@@ -197,21 +197,30 @@ def _refuse_views(exits: set[fx.Node]) -> None:
 
 
 def tile_ranges(tokens: int, count: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of every tile: `count` of equal length, the last one shorter, fewer where there are not enough tokens.
-
-    A symbolic number of tokens is not asked how much shorter the last one is: the answer would hold for few others.
-    """
+    """(start, length) of every tile: `count` of equal length, the last one shorter, fewer where there are not enough tokens."""
     size = -(-tokens // count)
-    for number in range(count):
-        start = number * size
-        if start >= tokens:
-            return
-        yield start, tokens - start if number == count - 1 or size > tokens - start else size
+    for start in range(0, tokens, size):
+        yield start, min(size, tokens - start)
 
 
-def fewest_tiles(tokens: int, size: int, most: int) -> int:
-    """The smallest power of two, or `most`, that makes tiles of at most `size` tokens."""
-    count = 1
-    while count < most and -(-tokens // count) > size:
-        count *= 2
-    return min(count, most)
+@dataclass(frozen=True)
+class Tiling:
+    """`count` tiles: all but the last one of `length` tokens, the last one of `rest`."""
+
+    count: int
+    length: int
+    rest: int
+
+
+def fit_tiles(tokens: int, longest: int, most: int) -> Tiling | None:
+    """Few tiles of 2 to `longest` tokens, at most `most` of them: 1, 2, 4, ..; None where no such number does.
+
+    One token is not enough for a code whose sizes are symbols.
+    """
+    counts = [2**power for power in range(most.bit_length())]
+    for count in counts if counts[-1] == most else [*counts, most]:
+        length = min(-(-tokens // count), (tokens - 2) // (count - 1)) if count > 1 else 2
+        rest = tokens - (count - 1) * length
+        if 2 <= length <= max(longest, 2) and 2 <= rest <= longest:
+            return Tiling(count, length, rest)
+    return None

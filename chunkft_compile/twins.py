@@ -5,6 +5,7 @@ with expressions for sizes. From it come, without tracing again, the capture for
 program on a smaller batch: the instructions are the same, their bytes are then upper bounds.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from chunkft_compile.mixed_norms import correct_statistics
 from chunkft_compile.planner.program import Op
 from chunkft_compile.runtime.engine import Call
 from chunkft_compile.segments import Segment, cut
-from chunkft_compile.sizes import Guards, Sizes, Symbols, is_symbolic, symbols_allowed, with_sizes
+from chunkft_compile.sizes import Guards, Sizes, SymbolicTiles, Symbols, is_symbolic, symbols_allowed, with_sizes
+
+logger = logging.getLogger(__name__)
 
 
 class Twin:
@@ -27,13 +30,14 @@ class Twin:
 
     def __init__(self, capture: Capture, symbols: Symbols) -> None:
         self.capture = capture
-        self.lowering = Lowering(capture, cut(capture))
-        self._symbols = symbols
-        self._guards = Guards(capture.fake_mode.shape_env)
+        environment = capture.fake_mode.shape_env
+        assert environment is not None, "symbolic sizes come of one"
+        self._symbols, self._guards, self._tiles = symbols, Guards(environment), SymbolicTiles(environment)
+        self.lowering = Lowering(capture, cut(capture), self._tiles)
 
     def sizes(self, batch: Sequence[torch.Tensor]) -> Sizes | None:
         """The sizes of a batch; None where this graph is not right for them."""
-        sizes = self._symbols.read(batch)
+        sizes = self._tiles.sizes(self._symbols.read(batch), 2, 2)  # until there are tiles
         fits = all(_matches(node.meta["val"], batch[number], sizes) for node, number in self.capture.inputs.items() if node.users)
         return sizes if fits and self._guards.hold(sizes) else None
 
@@ -80,26 +84,32 @@ class Twin:
 
     def calls(self, assembled: Assembled, planned: Sizes, sizes: Sizes) -> list[Call] | None:
         """What the instructions of a program for `planned` call on a batch of `sizes`; None where there are no codes for that."""
-        found: dict[int, Code] = {}
+        found: dict[int, tuple[Code, Sizes]] = {}
         with symbols_allowed():
             for instruction in assembled.program.instructions:
                 if instruction.op in (Op.FORWARD, Op.BACKWARD):
-                    code = assembled.codes[instruction.code]
-                    own = self._code(self.lowering.segments[instruction.segment], code, planned, sizes)
-                    if own.reads != code.reads or found.setdefault(instruction.code, own) is not own:
+                    code, segment = assembled.codes[instruction.code], self.lowering.segments[instruction.segment]
+                    try:
+                        option, own = self.lowering.retiled(segment, code.option, planned, sizes)
+                        made = self._lower(segment, code, option)
+                    except (ValueError, RuntimeError) as error:
+                        logger.debug("%s: %s", segment.name, error)
                         return None
-        if not self._guards.hold(sizes):
+                    if made.reads != code.reads or found.setdefault(instruction.code, (made, own))[0] is not made:
+                        return None
+        if not all(self._guards.hold(own) for _, own in found.values()):
             return None
-        return [self._bind(found[number], sizes) for number in range(len(assembled.codes))]
+        return [_bind(*found[number]) for number in range(len(assembled.codes))]
 
-    def _code(self, segment: Segment, code: Code, planned: Sizes, sizes: Sizes) -> Code:
-        option = self.lowering.retiled(segment, code.option, planned, sizes)
+    def _lower(self, segment: Segment, code: Code, option: str) -> Code:
+        """The code that computes what `code` does."""
         if code.demands:
             return self.lowering.backward(segment, code.demands, option)
         return self.lowering.forward(segment, code.writes, option)
 
-    def _bind(self, code: Code, sizes: Sizes) -> Call:
-        return with_sizes(code.call, [sizes[expression] for expression in code.sizes]) if code.sizes else code.call
+
+def _bind(code: Code, sizes: Sizes) -> Call:
+    return with_sizes(code.call, [sizes[expression] for expression in code.sizes]) if code.sizes else code.call
 
 
 def _arguments(node: fx.Node, new: Mapping[fx.Node, fx.Node], sizes: Sizes) -> tuple[Any, Any]:

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from chunkft_compile.capture import Capture, capture
+from chunkft_compile.capture import Capture, capture, capture_symbolic
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.runtime.allocators import install
 from chunkft_compile.runtime.native import BuildError
 from chunkft_compile.segments import Segment
+from chunkft_compile.sizes import Symbols
+from chunkft_compile.twins import Twin
 from tests.support.allocator import Allocator, allocator_or_skip
 
 
@@ -29,24 +31,51 @@ class Workshop:
         self.costs = OperatorCosts(torch.device("cpu"))
         self.captured = 0
         self._captures: dict[str, Capture] = {}
+        self._symbolic: dict[str, tuple[Capture, Symbols]] = {}
         self._lowerings: dict[int, Lowering] = {}
+        self._twins: dict[int, Twin] = {}
 
     def capture(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
         """As `capture.capture`."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        trained = [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
-        modes = [module.training for module in model.modules()]
-        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
+        key = _key(model, args, kwargs, loss_only=loss_only)
         if key not in self._captures:
             self.captured += 1
             self._captures[key] = capture(model, args, kwargs, loss_only=loss_only)
         return self._captures[key]
 
+    def capture_symbolic(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        named: Sequence[Sequence[object]],
+        like: fx.Graph,
+        *,
+        loss_only: bool = True,
+    ) -> tuple[Capture, Symbols]:
+        """As `capture.capture_symbolic`."""
+        key = f"{_key(model, args, kwargs, loss_only=loss_only)} {named}"
+        if key not in self._symbolic:
+            self._symbolic[key] = capture_symbolic(model, args, kwargs, named, like, loss_only=loss_only)
+        return self._symbolic[key]
+
     def lower(self, found: Capture, segments: Sequence[Segment]) -> Lowering:
         """As `Lowering`."""
         return self._lowerings.setdefault(id(found), Lowering(found, segments))
+
+    def twin(self, found: Capture, symbols: Symbols) -> Twin:
+        """As `Twin`."""
+        return self._twins.setdefault(id(found), Twin(found, symbols))
+
+
+def _key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool) -> str:
+    """What a capture depends on."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    trained = [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,7 +112,9 @@ def captures_once(workshop: Workshop) -> Iterator[Workshop]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chunkft_compile.session.capture", workshop.capture)
         patch.setattr("chunkft_compile.session.OperatorCosts", lambda _: workshop.costs)
+        patch.setattr("chunkft_compile.session.capture_symbolic", workshop.capture_symbolic)
         patch.setattr("chunkft_compile.compiled.Lowering", workshop.lower)
+        patch.setattr("chunkft_compile.signatures.Twin", workshop.twin)
         yield workshop
     torch.set_num_threads(threads)
 
