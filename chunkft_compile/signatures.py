@@ -5,7 +5,7 @@ The first batch of a family (same structure, dtypes, mode, autocast) is captured
 (`twins.py`) with symbols for the dimensions that differ and for leading ones. From then on a batch no larger than a planned one, in any
 dimension, runs the planned program with the twin's codes, and a larger one gets its capture from the twin, without tracing. Where the
 twin is not right for a batch (its strides are of another kind, or the model branches on its length), its sizes are captured as the first
-ones were. Dimensions of one element make a family of their own.
+ones were. Dimensions of one element, and views into something larger, make a family of their own.
 """
 
 import logging
@@ -168,7 +168,7 @@ class Signatures:
             if compiled is found.compiled:
                 self._used[whole, used] = None
                 self._used.move_to_end((whole, used))
-        for old in [(name, used) for name, used in self._used if used not in self._families[name].compiled]:  # type: ignore[index]
+        for old in [(name, used) for name, used in self._used if used not in self._families[name].compiled]:
             del self._used[old]
         while len(self._used) > _SIGNATURES:
             (name, old_layout), _ = self._used.popitem(last=False)
@@ -291,7 +291,7 @@ def _kind(leaf: Any) -> Hashable:
     """What captures of one family share. Torch takes sizes of 0 and 1 for numbers even where others are symbols."""
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf)
-    return tuple(min(size, 2) for size in leaf.shape), leaf.dtype
+    return tuple(min(size, 2) for size in leaf.shape), leaf.dtype, leaf.is_contiguous()
 
 
 def _covers(large: Layout, small: Layout) -> bool:

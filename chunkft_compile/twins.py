@@ -72,7 +72,7 @@ class Twin:
         )
 
     def _value(self, node: fx.Node, new: fx.Node, sizes: Sizes) -> Any:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if node.op == "call_function":
             args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda source: source.meta["val"])
             with self.capture.fake_mode, torch.no_grad():
@@ -132,7 +132,9 @@ def is_same_graph(one: Capture, other: Capture, segments: Sequence[Segment], oth
     twin_of = dict(_inputs(one, other))
     for segment, copy in zip(segments, others, strict=True):
         twin_of |= dict(zip(segment.nodes, copy.nodes, strict=True))
-    pairs = [pair for a, b in zip(segments, others, strict=True) for pair in zip(a.externals, b.externals, strict=True)]
+    pairs: list[tuple[Any, Any]] = [
+        pair for a, b in zip(segments, others, strict=True) for pair in zip(a.externals, b.externals, strict=True)
+    ]
     pairs += [(node, other.gradients.get(name)) for name, node in one.gradients.items()]
     pairs += [(node, other.mutations.get(name)) for name, node in one.mutations.items()]
     pairs += list(zip(one.outputs, other.outputs, strict=False))

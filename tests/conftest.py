@@ -65,7 +65,9 @@ class Workshop:
 
     def twin(self, found: Capture, symbols: Symbols) -> Twin:
         """As `Twin`."""
-        return self._twins.setdefault(id(found), Twin(found, symbols))
+        if id(found) not in self._twins:  # a twin adds symbols of its own
+            self._twins[id(found)] = Twin(found, symbols)
+        return self._twins[id(found)]
 
 
 def _key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool) -> str:

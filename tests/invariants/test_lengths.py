@@ -111,8 +111,9 @@ def test_bits_are_those_of_a_capture_of_that_size(name: str) -> None:
 
 
 def test_codes_stop_growing_and_nothing_is_traced_after_a_sweep(workshop: Workshop) -> None:
+    """Without tiles: their numbers depend on the length, and a code of fewer tiles is made when it is first needed."""
     case, batches, budget = _case("llama")
-    model = compile_quickly(case.build(), budget)
+    model = compile_quickly(case.build(), budget, options=["save", "inputs", "offload"])
     optimizer = SGD(model.parameters(), lr=0.01)
     model.plan(**case.batch(0))
     drawn = random.Random(0)
@@ -169,7 +170,7 @@ def test_a_view_into_a_wider_batch_is_right() -> None:
     model.plan(**wide)
     for tokens in (7, 12, 5):
         _check(model, plain, {name: tensor[:, :tokens] for name, tensor in wide.items()})
-    assert model.counts.captures <= 2, "the first view is one of other strides, and the others are of its family"
+    assert model.counts.captures == 2, "views are a family of their own"
 
 
 @pytest.mark.parametrize("update", ["held", "immediate"])
