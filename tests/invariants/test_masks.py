@@ -27,6 +27,7 @@ def _padded(sequences: Sequence[torch.Tensor], *, left: bool) -> dict[str, torch
     for row, sequence in enumerate(sequences):
         place = slice(TOKENS - len(sequence), TOKENS) if left else slice(0, len(sequence))
         ids[row, place], mask[row, place], labels[row, place] = sequence, 1, sequence
+        labels[row, place.start] = -100  # a pad does not predict the first token
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
