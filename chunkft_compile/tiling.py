@@ -213,12 +213,14 @@ class Tiling:
 
 
 def fit_tiles(tokens: int, longest: int, most: int) -> Tiling | None:
-    """Few tiles of 2 to `longest` tokens, at most `most` of them: 1, 2, 4, ..; None where no such number does.
+    """Tiles of 2 to `longest` tokens, at most `most` of them; None where that is not possible.
 
-    One token is not enough for a code whose sizes are symbols.
+    Their number is a power of two where it can be, so that many lengths have it in common. One token is not enough for a code whose sizes
+    are symbols.
     """
-    counts = [2**power for power in range(most.bit_length())]
-    for count in counts if counts[-1] == most else [*counts, most]:
+    fewest = -(-tokens // longest)
+    powers = [2**power for power in range(most.bit_length()) if fewest <= 2**power <= most]
+    for count in [*powers, *range(fewest, most + 1)]:
         length = min(-(-tokens // count), (tokens - 2) // (count - 1)) if count > 1 else 2
         rest = tokens - (count - 1) * length
         if 2 <= length <= max(longest, 2) and 2 <= rest <= longest:
