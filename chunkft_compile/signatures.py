@@ -168,12 +168,22 @@ class Signatures:
             if compiled is found.compiled:
                 self._used[whole, used] = None
                 self._used.move_to_end((whole, used))
-        for old in [(name, used) for name, used in self._used if used not in self._families[name].compiled]:
-            del self._used[old]
-        while len(self._used) > _SIGNATURES:
-            (name, old_layout), _ = self._used.popitem(last=False)
-            self._codes += self._families[name].drop(old_layout)
+        self._forget()
         return found
+
+    def _forget(self) -> None:
+        """Drop what was used longest ago, and families of which nothing is left."""
+        while len(self._used) > _SIGNATURES:
+            (name, layout), _ = self._used.popitem(last=False)
+            if name in self._families and layout in self._families[name].compiled:
+                self._codes += self._families[name].drop(layout)
+        for name, family in list(self._families.items()):
+            if not family.compiled:
+                self._codes += len(family.twin.lowering.codes) if family.twin is not None else 0
+                del self._families[name]
+        for name, layout in list(self._used):
+            if name not in self._families or layout not in self._families[name].compiled:
+                del self._used[name, layout]
 
     def _keep(self, family: _Family, batch: Sequence[torch.Tensor], layout: Layout, compiled: Compiled) -> None:
         with self._mode:

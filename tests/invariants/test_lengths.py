@@ -32,6 +32,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Batches, int]] = {
 }
 
 
+class Branching(Mlp):
+    """Another graph for long inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y * y if x.shape[0] > 20 else torch.tanh(y)
+
+
+class Scaled(Mlp):
+    """A number of the call is in the graph."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return super().forward(x) * scale
+
+
 def _case(name: str) -> tuple[Case, Batches, int]:
     make, batches, budget = CASES[name]
     return Case(name, make, functools.partial(batches, rows=ROWS, tokens=TOKENS)), batches, budget
@@ -217,3 +232,21 @@ def test_a_tiled_head_makes_as_many_tiles_as_the_length_needs(tiles: int, monkey
     for i, (rows, tokens) in enumerate([(2, 2), (2, 9), (4, 17), (3, 19)]):
         _check(model, plain, token_batch(i, rows=rows, tokens=tokens))
     assert model.counts.captures == 1
+
+
+def test_a_model_that_branches_on_its_length_is_right_on_either_side() -> None:
+    """Sizes for which the symbolic graph does not hold are captured as the first ones were."""
+    model, plain = _pair(Case("branching", Branching, vector_batch), 10_000)
+    model.plan(torch.zeros(40, 6))
+    for rows in (39, 30, 12, 33, 9, 12):
+        _check(model, plain, vector_batch(rows, rows=rows))
+    assert model.counts.plans <= 2
+
+
+def test_constants_of_a_call_that_change_leave_nothing_behind() -> None:
+    model, _ = _pair(Case("scaled", Scaled, vector_batch), 10_000)
+    for scale in range(12):
+        torch.autograd.backward((model(torch.ones(4, 6), scale=float(scale + 1)) ** 2).mean())
+        model.zero_grad()
+    assert model.counts.captures == 12
+    assert len(model._session.signatures._families) == 8
