@@ -4,7 +4,7 @@
     python -m benchmarks.lengths --batches 40 --layers 2
 
 A small Llama trains twice on the same batches: once after `model.plan` of the longest one, once without, so that every batch longer than
-all before it is a new largest one. Printed are the counts of `model.counts`, those of Dynamo's own counters ("frames"), how many batches
+all before it is a new largest one. Printed are the counts of `model.counts`, the graphs that Dynamo itself counted, how many batches
 were longer than all before, and the seconds until the first batch was done and of the median batch of the second half. Every instruction
 is held to its promised bytes meanwhile, as always.
 """
@@ -78,14 +78,14 @@ def train(layers: int, batches: int, budget_nbytes: int, planned: bool) -> dict[
         seconds.append(time.perf_counter() - (before if seed else start))
         if seed == batches // 2:
             half = asdict(model.counts)
-    frames: dict[str, int] = torch._dynamo.utils.counters["frames"]  # private (2.13.0): what Dynamo itself counts
+    traced: dict[str, int] = torch._dynamo.utils.counters["stats"]  # private (2.13.0): what Dynamo itself counts
     return {
         "largest first": "yes" if planned else "no",
         "lengths": len(set(lengths)),
         "new maxima": 0 if planned else maxima,
         **asdict(model.counts),
         "codes at half time": half["codes"],
-        "Dynamo frames": frames.get("total", 0),
+        "Dynamo graphs": traced.get("unique_graphs", 0),
         "steps": model.progress.steps,
         "first s": f"{seconds[0]:.1f}",
         "median s": f"{median(seconds[batches // 2 :]):.3f}",

@@ -269,6 +269,8 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str],
     names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()
     constants = {node: getattr(module, str(node.target)) for node in graph.find_nodes(op="get_attr")}
     kept = tuple(leaves[: len(leaves) - lost])
+    if any(is_symbolic(leaf) for leaf in kept):
+        raise CaptureError("the model gives a size of the batch as an output, which is one number for each size")
     return Capture(graph, fake_mode, params, buffers, inputs, tangents, constants, kept, gradients, mutations, whole, names)
 
 

@@ -65,6 +65,9 @@ class Sizes:
         self._values = {symbol: sympy.Integer(value) for symbol, value in values.items()}
         self._known: dict[Expression, int | float | bool] = {}
 
+    def __contains__(self, symbol: sympy.Symbol) -> bool:
+        return symbol in self._values
+
     def also(self, values: Mapping[sympy.Symbol, int]) -> "Sizes":
         """These, and more."""
         return Sizes({symbol: int(value) for symbol, value in self._values.items()} | dict(values))
@@ -136,18 +139,22 @@ class Guards:
         """Whether all guards hold that there are by now."""
         guards = self._environment.guards
         first = self._checked.get(sizes.key)
-        if first is None and not all(_holds(claim, sizes) for claim in self._claims()):
+        if first is None and not all(_holds(claim, sizes) for claim in self._claims(sizes)):
             return False
         if not all(_holds(guard.expr, sizes) for guard in guards[first or 0 :]):
             return False
         self._checked[sizes.key] = len(guards)
         return True
 
-    def _claims(self) -> Iterator[Expression]:
-        """What tracing took for granted of each symbol: its range, and what it is equal to."""
+    def _claims(self, sizes: Sizes) -> Iterator[Expression]:
+        """What tracing took for granted of each symbol: its range, and what it is equal to.
+
+        A symbol that is not of the batch is of no concern as long as no guard and no size mentions it.
+        """
         for symbol, found in self._environment.var_to_range.items():
-            yield sympy.Ge(symbol, found.lower)
-            yield sympy.Le(symbol, found.upper)
+            if symbol in sizes:
+                yield sympy.Ge(symbol, found.lower)
+                yield sympy.Le(symbol, found.upper)
         for symbol, other in self._environment.replacements.items():
             yield sympy.Eq(symbol, other)
 
@@ -264,6 +271,22 @@ def _is_whole(node: fx.Node) -> bool:
 
 def _plain(size: Any) -> Any:
     return expression_of(size) if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def symbols_in(graph: fx.Graph) -> set[sympy.Symbol]:
+    """The symbols in the arguments and in the values of its calls."""
+    found: set[sympy.Symbol] = set()
+
+    def look(leaf: Any) -> Any:
+        for number in (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,):
+            if isinstance(number, _SYMBOLIC):
+                found.update(expression_of(number).free_symbols)
+        return leaf
+
+    for node in graph.nodes:
+        if node.op != "output":
+            fx.node.map_aggregate((node.args, node.kwargs, node.meta.get("val")), look)
+    return found
 
 
 @contextlib.contextmanager

@@ -15,24 +15,30 @@ from torch import fx
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.capture import Capture
 from chunkft_compile.codes import Code
+from chunkft_compile.errors import CaptureError
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.mixed_norms import correct_statistics
 from chunkft_compile.planner.program import Op
 from chunkft_compile.runtime.engine import Call
 from chunkft_compile.segments import Segment, cut
-from chunkft_compile.sizes import Guards, Sizes, SymbolicTiles, Symbols, is_symbolic, symbols_allowed, with_sizes
+from chunkft_compile.sizes import Guards, Sizes, SymbolicTiles, Symbols, is_symbolic, symbols_allowed, symbols_in, with_sizes
 
 logger = logging.getLogger(__name__)
 
 
 class Twin:
-    """A capture with symbolic sizes; `symbols` says where they stand in a batch."""
+    """A capture with symbolic sizes; `symbols` says where they stand in a batch.
+
+    Raises `CaptureError` where other numbers are symbolic, such as those that are read from the values of the batch.
+    """
 
     def __init__(self, capture: Capture, symbols: Symbols) -> None:
         self.capture = capture
         environment = capture.fake_mode.shape_env
         assert environment is not None, "symbolic sizes come of one"
         self._symbols, self._guards, self._tiles = symbols, Guards(environment), SymbolicTiles(environment)
+        if strange := symbols_in(capture.graph) - set(symbols.places):
+            raise CaptureError(f"sizes depend on {', '.join(map(str, strange))}, which the sizes of the batch do not tell")
         self.lowering = Lowering(capture, cut(capture), self._tiles)
 
     def sizes(self, batch: Sequence[torch.Tensor]) -> Sizes | None:

@@ -47,6 +47,28 @@ class Scaled(Mlp):
         return super().forward(x) * scale
 
 
+class Images(nn.Module):
+    """Convolutions and a batch norm, whose statistics forward changes; of images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.narrow = nn.Conv2d(8, 8, 3, stride=2)
+        self.leave = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.leave(torch.relu(self.narrow(torch.relu(self.norm(self.enter(x))))).mean((2, 3)))
+        return y
+
+
+class Telling(Mlp):
+    """A size of the batch is an output."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), x.shape[0]
+
+
 def _case(name: str) -> tuple[Case, Batches, int]:
     make, batches, budget = CASES[name]
     return Case(name, make, functools.partial(batches, rows=ROWS, tokens=TOKENS)), batches, budget
@@ -140,11 +162,11 @@ def test_codes_stop_growing_and_nothing_is_traced_after_a_sweep(workshop: Worksh
 
     while model.progress.sweep < 1:
         step()
-    swept, traced, frames = model.counts, workshop.captured, dict(torch._dynamo.utils.counters["frames"])
+    swept, traced, graphs = model.counts, workshop.captured, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(30):
         step()
     assert model.counts == swept
-    assert (workshop.captured, dict(torch._dynamo.utils.counters["frames"])) == (traced, frames)
+    assert (workshop.captured, torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (traced, graphs)
 
 
 def test_a_larger_batch_is_captured_without_tracing_and_replans_at_most_once() -> None:
@@ -250,3 +272,24 @@ def test_constants_of_a_call_that_change_leave_nothing_behind() -> None:
         model.zero_grad()
     assert model.counts.captures == 12
     assert len(model._session.signatures._families) == 8
+
+
+def test_images_of_any_size_and_number() -> None:
+    model, plain = _pair(Case("images", Images, vector_batch), 10**6)
+    model.plan(torch.zeros(8, 3, 16, 16))
+    for seed, shape in enumerate([(5, 3, 16, 16), (3, 3, 9, 12), (6, 3, 15, 16), (8, 3, 16, 16)]):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        _check(model, plain, {"x": x, "y": torch.zeros(shape[0], 3)})
+    assert (model.counts.captures, model.counts.plans) == (1, 1)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(model.module.get_buffer(name), buffer)
+
+
+def test_a_size_that_the_model_gives_is_that_of_the_batch() -> None:
+    model, _ = _pair(Case("telling", Telling, vector_batch), 10_000)
+    for rows in (9, 5, 7):
+        result, told = model(torch.ones(rows, 6))
+        assert (result.shape[0], told) == (rows, rows)
+        torch.autograd.backward(result.sum())
+        model.zero_grad()
+    assert model.counts.captures == 3
