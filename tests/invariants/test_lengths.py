@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
@@ -24,6 +24,9 @@ pytestmark = pytest.mark.usefixtures("captures_once", "allocator")
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 ROWS, TOKENS = 4, 19
+SMALLER = {"rows": 3, "tokens": 11}
+"""The first batch after the largest in most tests: they share its symbolic capture."""
+
 Batches = Callable[..., dict[str, torch.Tensor]]
 CASES: dict[str, tuple[Callable[[], nn.Module], Batches, int]] = {
     "llama": (llama, token_batch, 125_000),
@@ -112,6 +115,7 @@ def test_gradients_are_those_of_autograd_for_any_size_up_to_the_planned_one(name
     planned = model.counts
 
     @few
+    @example(**SMALLER, seed=0)
     @given(st.integers(2, ROWS), st.integers(2, TOKENS), st.integers(0, 5))
     def check(rows: int, tokens: int, seed: int) -> None:
         _check(model, plain, batches(seed, rows=rows, tokens=tokens))
@@ -134,7 +138,7 @@ def test_only_rows_vary() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_bits_are_those_of_a_capture_of_that_size(name: str) -> None:
     case, batches, _ = _case(name)
-    batch = batches(3, rows=3, tokens=11)
+    batch = batches(3, **SMALLER)
     found = []
     for first in (case.batch(0), batch):
         model = compile_quickly(case.build(), 10**6)
@@ -156,7 +160,8 @@ def test_codes_stop_growing_and_nothing_is_traced_after_a_sweep(workshop: Worksh
     drawn = random.Random(0)
 
     def step() -> None:
-        torch.autograd.backward(compute_loss(model, batches(0, rows=drawn.randint(2, ROWS), tokens=drawn.randint(2, TOKENS))))
+        sizes = {"rows": drawn.randint(2, ROWS), "tokens": drawn.randint(2, TOKENS)} if model.counts.symbolic_captures else SMALLER
+        torch.autograd.backward(compute_loss(model, batches(0, **sizes)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -175,7 +180,7 @@ def test_a_larger_batch_is_captured_without_tracing_and_replans_at_most_once() -
     optimizer = SGD(model.parameters(), lr=0.0)
     drawn = random.Random(1)
     largest = maxima = 0
-    for i in range(24):
+    for i in range(12):
         tokens = drawn.randint(3, TOKENS)
         maxima, largest = maxima + (tokens > largest), max(tokens, largest)
         _check(model, plain, batches(i, rows=ROWS, tokens=tokens))
@@ -187,11 +192,12 @@ def test_a_larger_batch_is_captured_without_tracing_and_replans_at_most_once() -
     assert counts.plans <= maxima
 
 
+@pytest.mark.slow
 def test_rows_that_vary_later_are_symbols_already_and_one_row_is_a_family_of_its_own() -> None:
     case, batches, budget = _case("llama")
     model, plain = _pair(case, budget)
     model.plan(**case.batch(0))
-    _check(model, plain, batches(0, rows=ROWS, tokens=12))
+    _check(model, plain, batches(0, **SMALLER))
     _check(model, plain, batches(0, rows=2, tokens=12))
     assert (model.counts.captures, model.counts.symbolic_captures) == (1, 1)
     _check(model, plain, batches(0, rows=1, tokens=12))
@@ -200,6 +206,7 @@ def test_rows_that_vary_later_are_symbols_already_and_one_row_is_a_family_of_its
     assert (model.counts.captures, model.counts.symbolic_captures) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_view_into_a_wider_batch_is_right() -> None:
     case, _, budget = _case("llama")
     model, plain = _pair(case, budget)
@@ -219,7 +226,7 @@ def test_training_with_many_lengths_equals_plain_training(update: str, option: s
     model, plain = _pair(case, 10**6, update=update)
     ours, theirs = SGD(model.parameters(), lr=0.1, momentum=0.9), SGD(plain.parameters(), lr=0.1, momentum=0.9)
     model.plan(**case.batch(0))
-    for i, (rows, tokens) in enumerate([(4, 19), (3, 8), (2, 15), (4, 5)]):
+    for i, (rows, tokens) in enumerate([(4, 19), (3, 11), (2, 15), (4, 5)]):
         for one, optimizer in ((model, ours), (plain, theirs)):
             torch.autograd.backward(compute_loss(one, batches(i, rows=rows, tokens=tokens)))
             optimizer.step()
@@ -237,7 +244,7 @@ def test_micro_batches_of_other_lengths_add_up() -> None:
     assert model.schedule is not None
     assert len(model.schedule.steps) == 1
     for one, optimizer in ((model, ours), (plain, theirs)):
-        for i, (rows, tokens) in enumerate([(4, 6), (2, 19), (3, 11)]):
+        for i, (rows, tokens) in enumerate([(3, 11), (2, 19), (4, 6)]):
             torch.autograd.backward(compute_loss(one, batches(i, rows=rows, tokens=tokens)))
         optimizer.step()
     assert (model.counts.captures, model.counts.plans) == (1, 1)
@@ -251,7 +258,7 @@ def test_a_tiled_head_makes_as_many_tiles_as_the_length_needs(tiles: int, monkey
     plan_by_hand(monkeypatch, (Update.HELD,), head=f"tiled {tiles}")
     model, plain = _pair(case, 10**6)
     model.plan(**case.batch(0))
-    for i, (rows, tokens) in enumerate([(2, 2), (2, 9), (4, 17), (3, 19)]):
+    for i, (rows, tokens) in enumerate([(3, 11), (2, 2), (2, 9), (4, 17), (3, 19)]):
         _check(model, plain, token_batch(i, rows=rows, tokens=tokens))
     assert model.counts.captures == 1
 
