@@ -32,9 +32,9 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:
     optimizer.zero_grad()
 
 
-def compile_model(model: nn.Module, budget: str | int, update: str = "held") -> chunkft_compile.ChunkedModule:
+def compile_model(model: nn.Module, budget: str | int, update: str = "held", backend: str = "eager") -> chunkft_compile.ChunkedModule:
     """`chunkft_compile.compile`; HELD updates are its default and are not asked for."""
-    options: dict[str, Any] = {} if update == "held" else {"update": update}
+    options: dict[str, Any] = {"backend": backend} | ({} if update == "held" else {"update": update})
     return chunkft_compile.compile(model, budget=budget, **options)
 
 

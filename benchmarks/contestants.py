@@ -5,7 +5,7 @@ transformers. A *sweep* is the steps after which every parameter was trained onc
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -35,13 +35,13 @@ class Trainer(Protocol):
 
 
 class Plain:
-    """Every parameter at every step by one optimizer."""
+    """Every trainable parameter at every step by one optimizer."""
 
     steps = 1
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._optimizer = AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        self._optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, fused=True)
 
     def step(self, batch: Batch) -> None:
         """See `Trainer.step`."""
@@ -116,8 +116,8 @@ class Rotation:
 class Ours:
     """The compiled model in the ordinary loop; optimizer state in a file."""
 
-    def __init__(self, layers: int, budget_nbytes: int, update: str, *, fused: bool) -> None:
-        self.model: chunkft_compile.ChunkedModule = compile_model(build_model(layers), budget_nbytes, update)
+    def __init__(self, layers: int, budget_nbytes: int, update: str, *, fused: bool, dtype: str = "fp32", backend: str = "eager") -> None:
+        self.model: chunkft_compile.ChunkedModule = compile_model(build_model(layers, dtype), budget_nbytes, update, backend)
         self._optimizer = AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=fused)
 
     @property
@@ -150,17 +150,36 @@ def _rotation(model: nn.Module, *, keep: bool) -> Rotation:
     return Rotation(model, layers_of(model), keep=keep)
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    """By Inductor, as one graph of fixed shapes."""
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _with_adapters(model: nn.Module) -> nn.Module:
+    """Rank 8 beside every matrix of every block (peft); the model itself is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted: nn.Module = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    return adapted.train()
+
+
 HIFT = ("HiFT m = 1, state in a file", "HiFT m = 1, state in a file + checkpointing")
 BADAM = ("BAdam, state dropped", "BAdam, state dropped + checkpointing")
 PLAIN = "plain AdamW"
+CHECKPOINTING = "AdamW + checkpointing"
+COMPILED = "AdamW + torch.compile"
+LORA = "LoRA, r = 8 (not full)"
 
-RIVALS: dict[str, Callable[[int], Trainer]] = {
-    PLAIN: lambda layers: Plain(build_model(layers)),
-    "AdamW + checkpointing": lambda layers: Plain(build_model(layers, checkpointing=True)),
-    "in-backward AdamW + checkpointing": lambda layers: InBackward(build_model(layers, checkpointing=True), _adamw_of),
-    "in-backward Adafactor + checkpointing": lambda layers: InBackward(build_model(layers, checkpointing=True), _adafactor_of),
-    HIFT[0]: lambda layers: _rotation(build_model(layers), keep=True),
-    HIFT[1]: lambda layers: _rotation(build_model(layers, checkpointing=True), keep=True),
-    BADAM[0]: lambda layers: _rotation(build_model(layers), keep=False),
-    BADAM[1]: lambda layers: _rotation(build_model(layers, checkpointing=True), keep=False),
+RIVALS: dict[str, Callable[[int, str], Trainer]] = {
+    PLAIN: lambda *size: Plain(build_model(*size)),
+    CHECKPOINTING: lambda *size: Plain(build_model(*size, checkpointing=True)),
+    COMPILED: lambda *size: Plain(_compiled(build_model(*size))),
+    LORA: lambda *size: Plain(_with_adapters(build_model(*size))),
+    "in-backward AdamW + checkpointing": lambda *size: InBackward(build_model(*size, checkpointing=True), _adamw_of),
+    "in-backward Adafactor + checkpointing": lambda *size: InBackward(build_model(*size, checkpointing=True), _adafactor_of),
+    HIFT[0]: lambda *size: _rotation(build_model(*size), keep=True),
+    HIFT[1]: lambda *size: _rotation(build_model(*size, checkpointing=True), keep=True),
+    BADAM[0]: lambda *size: _rotation(build_model(*size), keep=False),
+    BADAM[1]: lambda *size: _rotation(build_model(*size, checkpointing=True), keep=False),
 }

@@ -1,4 +1,4 @@
-"""The benchmark model: an untied fp32 Llama with random weights, 134M parameters in 12 layers, and its batch."""
+"""The benchmark model: an untied Llama with random weights, 134M parameters in 12 layers, and its batch."""
 
 import torch
 from torch import nn
@@ -6,16 +6,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import Batch
 
-HIDDEN, VOCABULARY, ROWS, TOKENS = 768, 32000, 2, 256
+HIDDEN, WIDE, VOCABULARY, ROWS, TOKENS = 768, 2048, 32000, 2, 256
 
 
-def build_model(layers: int, *, checkpointing: bool = False) -> nn.Module:
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_model(layers: int, dtype: str = "fp32", *, checkpointing: bool = False) -> nn.Module:
     """The model in training mode, with the same weights every time; transformers' own checkpointing of each block if wanted."""
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=HIDDEN,
-        intermediate_size=2048,
+        intermediate_size=WIDE,
         num_attention_heads=12,
         num_key_value_heads=12,
         vocab_size=VOCABULARY,
@@ -23,6 +26,7 @@ def build_model(layers: int, *, checkpointing: bool = False) -> nn.Module:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
+    nn.Module.to(model, DTYPES[dtype])
     if checkpointing:
         # Named gradient_checkpointing_enable before transformers 5.24. It also makes the output of a frozen embedding require a gradient,
         # which only reentrant checkpointing needs: backward would run down to it, and rotation would lose its early stop.
@@ -38,6 +42,6 @@ def build_batch() -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def describe(layers: int) -> str:
+def describe(layers: int, dtype: str = "fp32") -> str:
     """The workload, for the line of circumstances."""
-    return f"Llama {layers} x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch {ROWS} x {TOKENS}"
+    return f"Llama {layers} x {HIDDEN}, vocabulary {VOCABULARY}, {dtype}, batch {ROWS} x {TOKENS}"

@@ -1,49 +1,107 @@
-"""Memory and CPU time of a training step in a byte budget, against plain AdamW.
+"""A training step in a byte budget beside the same step of other methods: memory, CPU time, and how far from the rate of matrix products.
 
-    python -m benchmarks.step                       # 12-layer Llama of 134M parameters, 880 MB
-    python -m benchmarks.step --layers 2 --budget 600MB
-    python -m benchmarks.step --fused --json
+    python -m benchmarks.step                       # 12-layer Llama of 134M parameters, 880 MB, fp32
+    python -m benchmarks.step --dtype bf16 --budget 480MB
+    python -m benchmarks.step --layers 2 --budget 600MB --methods "plain AdamW" ours
+    python -m benchmarks.step --json
 
-The peak is the exact number of live tensor bytes, each contestant alone in a process. CPU seconds (`time.process_time`) are
-averaged over one whole sweep, because the steps of a sweep differ, with one plain step after each of ours, so that both see
-the same machine. A first sweep, which also makes the optimizer state, is not measured. What a background thread of ours is still doing when
-the plain step starts is booked on the plain step.
+The peak is the exact number of live tensor bytes, each contestant alone in a process. CPU seconds (`time.process_time`) are averaged over
+whole sweeps, because the steps of a sweep differ, with one plain step after each of the contestant's, so that both see the same machine;
+`x time` is their ratio. A first sweep, which also makes the optimizer state, is not measured. What a background thread of ours is still
+doing when the plain step starts is booked on the plain step.
+
+`x FLOP bound` is the CPU time over the time that the step's own matrix products would take at the rate of one product of the MLP, measured
+between the steps. `first step` is the wall time of the first step beyond the time of another: capture, measuring, planning, compiling.
 """
 
 import argparse
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import torch
 from tabulate import tabulate
 
 from benchmarks.common import UPDATES, circumstances, mb, run_alone
-from benchmarks.contestants import PLAIN
-from benchmarks.llama import describe
+from benchmarks.contestants import CHECKPOINTING, COMPILED, HIFT, LORA, PLAIN
+from benchmarks.llama import DTYPES, ROWS, TOKENS, describe
 from benchmarks.trials import Entry, Peak, Refusal, Times, measure_peak, measure_times
 from chunkft_compile.budget import parse_budget
 
+OURS, INDUCTOR = "ours", "ours, Inductor"
+METHODS = (PLAIN, COMPILED, CHECKPOINTING, *HIFT, LORA, OURS, INDUCTOR)
+HEADERS = ("method", "peak MB", "x bytes", "CPU s/step", "x time", "tokens/CPU s", "x FLOP bound", "T", "first step s", "predicted MB")
 
-def _table(entry: Entry, plain: Peak, ours: Peak, times: Times) -> str:
-    ours_s, plain_s = fmean(times.own_s), fmean(times.plain_s)
-    predicted, plain_predicted = ours.predicted_nbytes, ours.plain_predicted_nbytes
-    assert predicted is not None, "ours predicts its peak"
-    assert plain_predicted is not None, "and that of plain training"
-    rows = [
-        ("plain AdamW(fused=True)", mb(plain.nbytes), "1.000", f"{plain_s:.2f}", "1.00", 1, mb(plain_predicted)),
-        (
-            f"{entry.name}{', fused' if entry.fused else ''}",
-            mb(ours.nbytes),
-            f"{ours.nbytes / plain.nbytes:.3f}",
-            f"{ours_s:.2f}",
-            f"{times.ratio:.2f}",
-            ours.steps,
-            mb(predicted),
-        ),
+
+@dataclass(frozen=True)
+class Row:
+    """One method; `flops` of a sweep of the same program, where its own code hides its operators."""
+
+    entry: Entry
+    peak: Peak
+    times: Times
+    flops: int
+
+    @property
+    def seconds(self) -> float:
+        """CPU seconds of a step."""
+        return fmean(self.times.own_s)
+
+    @property
+    def bound_s(self) -> float:
+        """Seconds of the matrix products of a step at the measured rate."""
+        return self.flops / self.peak.steps / self.times.flops_per_s
+
+    def cells(self, plain: Peak) -> tuple[str, ...]:
+        """Its line of the table."""
+        compile_s = max(0.0, self.times.first_s - self.times.wall_s / len(self.times.own_s))
+        predicted = self.peak.predicted_nbytes
+        return (
+            self.entry.name,
+            mb(self.peak.nbytes),
+            f"{self.peak.nbytes / plain.nbytes:.3f}",
+            f"{self.seconds:.2f}",
+            f"{self.times.ratio:.2f}",
+            f"{ROWS * TOKENS / self.seconds:.0f}",
+            f"{self.seconds / self.bound_s:.2f}",
+            str(self.peak.steps),
+            f"{compile_s:.1f}",
+            mb(predicted) if predicted is not None else "",
+        )
+
+
+def entries(options: argparse.Namespace) -> list[Entry]:
+    """The contestants that were asked for."""
+    budget_nbytes = parse_budget(options.budget, torch.device("cpu"))
+    found = []
+    for name in options.methods:
+        if name in (OURS, INDUCTOR):
+            title = f"{name}, {options.budget}{'' if options.update == 'held' else f', {options.update}'}"
+            backend = "inductor" if name == INDUCTOR else "eager"
+            found.append(Entry(title, options.layers, budget_nbytes, options.update, dtype=options.dtype, backend=backend))
+        else:
+            found.append(Entry(name, options.layers, dtype=options.dtype))
+    return found
+
+
+def measure(entry: Entry, least_steps: int) -> Row | Refusal:
+    """Peak and time of one method, each in a process of its own."""
+    peak = run_alone(measure_peak, entry)
+    if isinstance(peak, Refusal):
+        return peak
+    times = run_alone(measure_times, entry, least_steps)
+    return Row(entry, peak, times, times.flops)
+
+
+def with_flops(rows: list[Row]) -> list[Row]:
+    """Compiled code hides its operators from the counter: it does the work of the same program uncompiled."""
+    known = {(row.entry.budget_nbytes > 0): row.flops for row in rows if row.entry.name == PLAIN or row.entry.name.startswith(f"{OURS}, ")}
+    hidden = [row.entry.name == COMPILED or row.entry.backend != "eager" for row in rows]
+    return [
+        Row(row.entry, row.peak, row.times, known.get(row.entry.budget_nbytes > 0, row.flops) if hide else row.flops)
+        for row, hide in zip(rows, hidden, strict=True)
     ]
-    headers = ("method", "peak MB", "x bytes", "CPU s/step", "x time", "T", "predicted MB")
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
 def main() -> None:
@@ -51,26 +109,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="880MB", help="budget of the compiled model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (default: %(default)s)")
     parser.add_argument("--update", choices=UPDATES, default="held", help="when gradients are applied (default: %(default)s)")
-    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for the compiled model too")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="some of: " + "; ".join(METHODS))
+    parser.add_argument("--steps", type=int, default=3, help="least number of steps that are timed (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args()
-    budget_nbytes = parse_budget(options.budget, torch.device("cpu"))
-    name = f"chunkft_compile, {options.budget}{'' if options.update == 'held' else f', {options.update}'}"
-    entry = Entry(name, options.layers, budget_nbytes, options.update, options.fused)
-
-    plain, ours = run_alone(measure_peak, Entry(PLAIN, options.layers)), run_alone(measure_peak, entry)
-    if isinstance(ours, Refusal):
-        parser.exit(2, f"{name}: {ours}\n")
-    assert isinstance(plain, Peak), "plain training has no budget"
-    times, where = run_alone(measure_times, entry, 1), circumstances(describe(options.layers))
+    rows: list[Row] = []
+    for entry in entries(options):
+        found = measure(entry, options.steps)
+        if isinstance(found, Refusal):
+            parser.exit(2, f"{entry.name}: {found}\n")
+        rows.append(found)
+        print(f"{entry.name}: {found.seconds:.2f} s, {mb(found.peak.nbytes)} MB", file=sys.stderr, flush=True)
+    rows, where = with_flops(rows), circumstances(describe(options.layers, options.dtype))
     if options.json:
-        print(json.dumps({"entry": asdict(entry), "plain": asdict(plain), "ours": asdict(ours), "times": asdict(times), "where": where}))
+        print(json.dumps({"rows": [asdict(row) for row in rows], "where": where}))
         return
-    print(_table(entry, plain, ours, times))
-    sweep_s, plain_s = sum(times.own_s), fmean(times.plain_s)
-    print(f"\nEvery parameter trained once: {sweep_s:.1f} CPU s ({ours.steps} steps), plain AdamW {plain_s:.1f} s (1 step).")
-    print(f"Peak before the measured sweep, planning included: {mb(ours.start_nbytes)} MB.")
+    plain = next((row.peak for row in rows if row.entry.name == PLAIN), rows[0].peak)
+    print(tabulate([row.cells(plain) for row in rows], HEADERS, disable_numparse=True, colalign=("left", *["right"] * 9)))
+    rate = fmean(row.times.flops_per_s for row in rows)
+    print(f"\nA product of the MLP runs at {rate / 1e9:.1f} GFLOP/s (mean over the processes).")
     print(where)
 
 

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import fmean
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 import chunkft_compile
-from benchmarks.common import cpu_seconds, mb
+from benchmarks.common import Batch, cpu_seconds, mb
 from benchmarks.contestants import PLAIN, RIVALS, Ours, Trainer
-from benchmarks.llama import build_batch
+from benchmarks.llama import DTYPES, HIDDEN, ROWS, TOKENS, WIDE, build_batch
 from chunkft_compile.runtime.allocators import install
 
 
@@ -21,12 +24,14 @@ class Entry:
     budget_nbytes: int = 0
     update: str = "held"
     fused: bool = True
+    dtype: str = "fp32"
+    backend: str = "eager"
 
     def build(self) -> Trainer:
         """Its model, optimizers and loop."""
-        return (
-            Ours(self.layers, self.budget_nbytes, self.update, fused=self.fused) if self.budget_nbytes else RIVALS[self.name](self.layers)
-        )
+        if not self.budget_nbytes:
+            return RIVALS[self.name](self.layers, self.dtype)
+        return Ours(self.layers, self.budget_nbytes, self.update, fused=self.fused, dtype=self.dtype, backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,19 @@ class Peak:
 
 @dataclass(frozen=True)
 class Times:
-    """CPU seconds of each step of whole sweeps, those of the plain step after each, and the wall time of the former together."""
+    """CPU seconds of each step of whole sweeps, those of the plain step after each, and the wall time of the former together.
+
+    `first_s` is the wall time of the first step, with everything that is compiled, measured and planned in it. `flops` are the
+    floating-point operations of all matrix products of one sweep; `flops_per_s` is the rate of a product of the shape that the model
+    has most of, measured between the steps.
+    """
 
     own_s: list[float]
     plain_s: list[float]
     wall_s: float
+    first_s: float = 0.0
+    flops: int = 0
+    flops_per_s: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -90,16 +103,55 @@ def measure_peak(entry: Entry) -> Peak | Refusal:
 
 def measure_times(entry: Entry, least_steps: int) -> Times:
     """Whole sweeps of at least `least_steps` steps after a first sweep, each step followed by a plain one."""
-    trainer, plain, batch = entry.build(), RIVALS[PLAIN](entry.layers), build_batch()
+    trainer, plain, batch = entry.build(), RIVALS[PLAIN](entry.layers, entry.dtype), build_batch()
     plain.step(batch)
+    start = time.perf_counter()
     trainer.step(batch)
+    first_s = time.perf_counter() - start
     steps = trainer.steps
     for _ in range(steps - 1):
         trainer.step(batch)
     own_s, plain_s, wall_s = [], [], 0.0
+    product = Product(DTYPES[entry.dtype])
     for _ in range(steps * ceil(least_steps / steps)):
         start = time.perf_counter()
         own_s.append(cpu_seconds(lambda: trainer.step(batch)))
         wall_s += time.perf_counter() - start
         plain_s.append(cpu_seconds(lambda: plain.step(batch)))
-    return Times(own_s, plain_s, wall_s)
+        product.run()
+    return Times(own_s, plain_s, wall_s, first_s, _flops(trainer, batch, steps), product.flops_per_s)
+
+
+class Product:
+    """The product of a batch with a matrix of the MLP, timed again and again."""
+
+    _CALLS = 8
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._a = torch.randn(ROWS * TOKENS, HIDDEN).to(dtype)
+        self._b = torch.randn(HIDDEN, WIDE).to(dtype)
+        self._flops, self._seconds = 0, 0.0
+
+    def run(self) -> None:
+        """Some calls, timed together."""
+        torch.mm(self._a, self._b)
+        self._seconds += cpu_seconds(self._calls)
+        self._flops += self._CALLS * 2 * ROWS * TOKENS * HIDDEN * WIDE
+
+    def _calls(self) -> None:
+        for _ in range(self._CALLS):
+            torch.mm(self._a, self._b)
+
+    @property
+    def flops_per_s(self) -> float:
+        """The rate over all calls."""
+        return self._flops / self._seconds
+
+
+def _flops(trainer: Trainer, batch: Batch, steps: int) -> int:
+    """Operations of the matrix products of one sweep, attention included; 0 for code that hides its operators."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for _ in range(steps):
+            trainer.step(batch)
+    return int(counter.get_total_flops())

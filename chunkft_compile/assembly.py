@@ -63,7 +63,7 @@ class Assembled:
 
 
 @dataclass
-class _Demands:
+class Demands:
     """What segments must compute in one step."""
 
     backward: dict[int, dict[Key, Demand]] = field(default_factory=lambda: defaultdict(dict))
@@ -92,7 +92,7 @@ def assemble(
     """
     lowered = [lowered_option(option) for option in options]
     demands = propagate(lowering, chunks, lowered)
-    dense = _dense(lowering, chunks, demands)
+    dense = dense_parameters(lowering, demands)
     writer = _Writer(lowering)
     writer.forwards(demands, lowered)
     writer.backwards(demands, {gradient_key(lowering, rows): chunk for chunk, rows in chunks.items()}, accumulating=accumulating)
@@ -143,9 +143,9 @@ def _demand(lowering: Lowering, key: Key) -> tuple[int, Demand]:
     return segment, Demand(lowering.segments[segment].position[node], rows[1] if rows else None)
 
 
-def propagate(lowering: Lowering, chunks: Mapping[int, Rows], options: Sequence[str]) -> _Demands:
+def propagate(lowering: Lowering, chunks: Mapping[int, Rows], options: Sequence[str]) -> Demands:
     """From the gradients of the chunks to everything they need, segment by segment upwards."""
-    found = _Demands()
+    found = Demands()
     for rows in chunks.values():
         key = gradient_key(lowering, rows)
         owner, demand = _demand(lowering, key)
@@ -171,7 +171,7 @@ def propagate(lowering: Lowering, chunks: Mapping[int, Rows], options: Sequence[
     return found
 
 
-def _dense(lowering: Lowering, chunks: Mapping[int, Rows], demands: _Demands) -> tuple[str, ...]:
+def dense_parameters(lowering: Lowering, demands: Demands) -> tuple[str, ...]:
     """Parameters for which some segment computes the gradient whole although only rows of it are wanted."""
     nodes = {keys[i][0] for code, keys, _ in demands.codes.values() for i in code.dense}
     return tuple(sorted({lowering.partials[node] for node in nodes if node in lowering.partials}))
@@ -195,7 +195,7 @@ class _Writer:
         """Values that outlive the calls: model outputs and new buffer values."""
         return sorted({self.ids[node, None] for node in _results(self.lowering)})
 
-    def forwards(self, demands: _Demands, options: Sequence[str]) -> None:
+    def forwards(self, demands: Demands, options: Sequence[str]) -> None:
         """All segments forward, keeping what the backwards of this step read."""
         for segment in self.lowering.segments:
             writes = self.lowering.exports(segment) | demands.forward.get(segment.number, set())
@@ -204,7 +204,7 @@ class _Writer:
                 reads: list[Key] = [(segment.at(read.position), None) for read in code.reads]
                 self._call(Op.FORWARD, segment.number, code, reads, [(segment.nodes[i], None) for i in code.writes])
 
-    def backwards(self, demands: _Demands, gradients: Mapping[Key, int], *, accumulating: bool) -> None:
+    def backwards(self, demands: Demands, gradients: Mapping[Key, int], *, accumulating: bool) -> None:
         """From the head down to the depth of the step."""
         for number in sorted(demands.codes, reverse=True):
             code, keys, reads = demands.codes[number]

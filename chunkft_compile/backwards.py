@@ -12,7 +12,7 @@ from chunkft_compile.codes import SERVES, Code, Demand, Read, boxed_module, emit
 from chunkft_compile.recomputing import inputs_of, inside_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
 from chunkft_compile.sizes import take_sizes
-from chunkft_compile.slicing import Rows, Slicer
+from chunkft_compile.slicing import Rows, Slicer, rule_of
 from chunkft_compile.tiles import Tiles, Wanted
 from chunkft_compile.tiling import Region
 
@@ -146,7 +146,7 @@ class Backward:
 
     def _ask_for_less(self, node: fx.Node) -> None:
         """Let a call with an output mask make only the results that are read: the others are dense gradients."""
-        if node.target is not aten.native_layer_norm_backward.default:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.arguments[-1].name != "output_mask":
             return
         new, mask = self.env[node], node.args[-1]
         assert isinstance(mask, list | tuple)
@@ -170,6 +170,8 @@ class Backward:
                 return self._sum(node, rows, i)
             if node in self.inside or not is_partial(node) or rows.dim != 0 or node.op != "call_function":
                 return None
+            if rows.start is not self._start(i):
+                return None
             if node.meta["val"].shape != self.segment.at(self.demands[i].position).meta["val"].shape:
                 return None
             key = Read(position[node], i)
@@ -181,7 +183,7 @@ class Backward:
         def is_value(node: fx.Node) -> bool:
             return node not in self.inside or not is_partial(node) or (self.region is not None and node in self.region.exits)
 
-        return Slicer(self.graph, read, is_value, foreign, self._fake)
+        return Slicer(self.graph, read, is_value, foreign, self._fake, rule_of)
 
     def _is_sum(self, node: fx.Node) -> bool:
         """Whether tiles add up this value; of it they make no more rows than are wanted."""

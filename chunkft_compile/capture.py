@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+# Private (2.13.0): what `torch.compile(model)` gives.
+from torch._dynamo.eval_frame import OptimizedModule
+
 # Private (2.13.0): Dynamo's export front end. Plain `make_fx` cannot trace transformers' mask code, which reads tensor values.
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
@@ -22,16 +25,16 @@ from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.errors import CaptureError
-from chunkft_compile.mixed_norms import correct_statistics
 from chunkft_compile.names import named_once
-from chunkft_compile.sizes import Symbols, depends_on_data, fold_sizes, is_symbolic, symbolic_inputs
+from chunkft_compile.passes import run_passes
+from chunkft_compile.sizes import Symbols, depends_on_data, fold_sizes, is_symbolic, symbolic_inputs, symbols_allowed
+from chunkft_compile.traced import MODEL, Bound, TracedModel
 
 logger = logging.getLogger(__name__)
-
-_MODEL = "model."  # what `_Template` puts before every name of the user's model
 
 
 class Dropped:
@@ -107,6 +110,11 @@ class _Template(nn.Module):
         return output, ()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind `torch.compile(model)`: its weights have their own names there. Capture sees through all other forms by itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
     """Trace forward and backward of `model(*args, **kwargs)` into one graph.
 
@@ -133,6 +141,8 @@ def capture_symbolic(
     sizes, it decides for those that `args` and `kwargs` have, and the shape environment of `fake_mode` keeps that as guards. Sizes are no
     nodes of the graph but arguments of its calls.
     """
+    if isinstance(model, TracedModel):
+        raise CaptureError("the model was traced already, for the sizes of one batch")
     return _capture(model, args, kwargs, named, like, loss_only=loss_only)
 
 
@@ -153,16 +163,17 @@ def _capture(
     for tensor, names in zip(tensors, named or (), strict=named is not None):
         torch._dynamo.maybe_mark_dynamic(tensor, [dim for dim, name in enumerate(names) if name is not None])
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
-    config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False)
+    # RNN modules are traced through: the patched flag only says that recompiling for other lengths is slow.
+    config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False, allow_rnn=True)
     with torch.enable_grad(), _side_effects_told(model), config, _backward_without_autocast(model):
         try:
-            traced = dynamo_graph_capture_for_export(template)(*tensors)
-            mode, symbols = traced.meta["fake_mode"], Symbols()
+            traced, fake_mode = _trace(model, leaves, template, tensors)
+            symbols, fakes = Symbols(), tuple[torch.Tensor, ...]()
             with contextlib.ExitStack() as stack:
-                stack.enter_context(tracing(TracingContext(mode)))
+                stack.enter_context(tracing(TracingContext(fake_mode)))
                 if named is None:
                     # Static fakes: AOTAutograd would give inputs symbolic sizes, and bytes need numbers. So one graph per shape.
-                    fakes = tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
+                    fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
                 else:
                     fakes, symbols = symbolic_inputs(traced, tensors, named)
                 joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
@@ -172,10 +183,22 @@ def _capture(
             raise _explain(error, model) from error
     if like is not None:
         fold_sizes(joint.graph_module.graph, like)
-    found = _read(joint, mode, _first_names(model), symbolic=like is not None)
+    with symbols_allowed():
+        found = _read(joint, fake_mode, _first_names(model), symbolic=like is not None)
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
     return found, symbols
+
+
+def _trace(
+    model: nn.Module, leaves: Sequence[Any], template: _Template, tensors: Sequence[torch.Tensor]
+) -> tuple[fx.GraphModule, FakeTensorMode]:
+    """The graph of a call, by Dynamo if it has not traced it already."""
+    if isinstance(model, TracedModel):
+        (bound,) = (leaf for leaf in leaves if isinstance(leaf, Bound))
+        return model.graph_module(bound), FakeTensorMode(shape_env=ShapeEnv())
+    traced: fx.GraphModule = dynamo_graph_capture_for_export(template)(*tensors)
+    return traced, traced.meta["fake_mode"]
 
 
 def _backward_without_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -226,10 +249,12 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str],
     """Turn descriptors into plain dictionaries; positions are never relied upon."""
 
     def first(target: str) -> str:
-        return first_names[target.removeprefix(_MODEL)]
+        return first_names[target.removeprefix(MODEL)]
 
     module = joint.graph_module
     graph: fx.Graph = module.graph
+    _refuse_unplannable(graph, symbolic=symbolic)
+    run_passes(graph, fake_mode)
     params, buffers, inputs, tangents = {}, {}, {}, {}
     for node in graph.find_nodes(op="placeholder"):
         desc = node.meta["desc"]
@@ -262,8 +287,6 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str],
                 mutations[first(desc.mutated_input.target)] = value
             case other:
                 raise CaptureError(f"the model gives an output of type {other} ({value}), which chunked training does not support")
-    _refuse_unplannable(graph, symbolic=symbolic)
-    correct_statistics(graph, fake_mode)
     leaves = [outputs[i] for i in range(len(outputs))]
     whole, lost = joint.out_spec.child(0), joint.out_spec.child(1).num_leaves
     names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()

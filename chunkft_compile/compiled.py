@@ -293,8 +293,9 @@ def _layout(chunk: Chunk) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def _outputs_nbytes(capture: Capture) -> int:
+    """Model outputs and new buffer values: both are held through the whole step."""
     found: dict[int, int] = {}
-    for node in capture.outputs:
+    for node in (*capture.outputs, *capture.mutations.values()):
         if isinstance(node, fx.Node) and node.op == "call_function":
             found |= storages(node.meta["val"])
     return sum(found.values())

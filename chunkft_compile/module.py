@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
+from chunkft_compile.capture import unwrapped
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.elsewhere import visiting
 from chunkft_compile.errors import TrainingError
@@ -22,6 +23,7 @@ from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.runtime.store import Traffic
+from chunkft_compile.runtime.untraced import untraced
 from chunkft_compile.session import Options, Session
 from chunkft_compile.signatures import Counts
 from chunkft_compile.solving import Solving, kept, read_plan, write_plan
@@ -55,6 +57,7 @@ def compile(
     options: Sequence[str] | None = None,
     state: Sequence[str] | None = None,
     weights: Sequence[str] | None = None,
+    backend: Literal["eager", "inductor"] = "eager",
     solve_seconds: float = 5.0,
     seed: int = 0,
 ) -> "ChunkedModule":
@@ -83,10 +86,16 @@ def compile(
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.
 
+    With `backend="inductor"`, what a kind of segments computes is compiled by Inductor when a step first needs it, once for all its
+    segments and all positions of its slices, and used where it holds the bytes of the plan (see `eager_codes`).
+
+    A `model` that is under `torch.compile` already is taken out of it. Around the result, `torch.compile` runs it as it is.
+
     Chunks are fixed here; the schedule is solved at the first training call (or `plan`), when shapes are known, and a budget that
     is too small is refused there with the smallest that would do. Raises `ValueError` for a malformed budget, a model with
     nothing to train, accumulation with immediate updates, and a precision that means nothing to the dtypes of its weights.
     """
+    model = unwrapped(model)
     device = torch.empty(0, device=device).device if device is not None else _device_of(model)  # with its index
     plan = read_plan(schedule) if schedule is not None else None
     chosen = _precision(model, precision, plan)
@@ -103,12 +112,14 @@ def compile(
         )
     if prefer not in ("time", "fresh"):
         raise ValueError(f'prefer is "time" or "fresh", not {prefer!r}')
+    if backend not in ("eager", "inductor"):
+        raise ValueError(f'backend is "eager" or "inductor", not {backend!r}')
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, not {max_steps}")
     directory = Path(store) if store is not None else None
     solving = Solving(solve_seconds, seed, prefer, max_steps, tuple(options) if options else None, _places(state), _places(weights))
     budget_nbytes = _budget(budget, plan, device)
-    wanted = Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen)
+    wanted = Options(budget_nbytes, accumulation, outputs == "loss", directory, solving, _UPDATES[update], plan, chosen, backend)
     return ChunkedModule(model, device, wanted)
 
 
@@ -205,6 +216,16 @@ class ChunkedModule(nn.Module):
         return self._session.dense_parameters()
 
     @property
+    def eager_codes(self) -> tuple[str, ...]:
+        """With `backend="inductor"`, the codes so far that run as they are, each with the reason."""
+        return self._session.inductor.eager_codes if self._session.inductor else ()
+
+    @property
+    def compiled_codes(self) -> int:
+        """With `backend="inductor"`, how many codes so far run as Inductor compiled them."""
+        return self._session.inductor.compiled_codes if self._session.inductor else 0
+
+    @property
     def store_nbytes(self) -> int:
         """Bytes of optimizer state, weights and saved values in the stores."""
         return self._session.stores.nbytes
@@ -227,6 +248,10 @@ class ChunkedModule(nn.Module):
         None unless precision is "stochastic".
         """
         return self._session.rounding.generator
+
+    def adopt_optimizers(self) -> None:
+        """From now on, optimizers over the model's own parameters get the chunks in their place, and their state with them."""
+        self._session.adopt_optimizers()
 
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
@@ -252,6 +277,7 @@ class ChunkedModule(nn.Module):
         with autocast.off():
             return self._session.compiled_for(args, self._training_kwargs(kwargs), autocast).plain_peak_nbytes()
 
+    @untraced("the engine of a chunked model runs a program of its own")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, its outputs are connected to the active chunks of the current step."""
         if not torch.is_grad_enabled():
@@ -407,6 +433,7 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @untraced("autograd calls it from within a compiled training step")
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         if ctx.run.finished:
             raise TrainingError("backward() was already called on this loss; its saved values are gone. Run the forward again")

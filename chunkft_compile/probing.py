@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import fx
 
 from chunkft_compile.assembly import Rows, gradient_key, propagate
@@ -146,8 +147,8 @@ def _shared(lowering: Lowering, base: set[int]) -> dict[int, int]:
 
 def _is_share(lowering: Lowering, node: fx.Node) -> bool:
     """Whether a backward value is a part of one parameter's gradient, which only ever crosses segments in slices."""
-    name = lowering.partials.get(node)
-    return name is not None and node.meta["val"].shape == lowering.capture.gradients[name].meta["val"].shape
+    name, value = lowering.partials.get(node), node.meta["val"]
+    return name is not None and isinstance(value, torch.Tensor) and value.shape == lowering.capture.gradients[name].meta["val"].shape
 
 
 def _boundary(lowering: Lowering, segment: Segment, code: Code, shared: Mapping[int, int]) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import BudgetError, TrainingError
+from chunkft_compile.hooks import refuse_hooks
+from chunkft_compile.inductor import Inductor
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
@@ -41,6 +43,7 @@ from chunkft_compile.runtime.weights import WeightKeeper
 from chunkft_compile.signatures import Counts, Fit, Signatures
 from chunkft_compile.sizes import Symbols
 from chunkft_compile.solving import Solving, explained_error, forms, given, kept, solve
+from chunkft_compile.tracing import trace_capture, trace_plan, trace_program
 from chunkft_compile.widening import widen_gradients
 
 logger = logging.getLogger("chunkft_compile")
@@ -58,6 +61,7 @@ class Options:
     updates: tuple[Update, ...] = (Update.HELD,)
     plan: Plan | None = None
     precision: Precision = Precision.PLAIN
+    backend: str = "eager"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,8 @@ class Session:
         self._costs = OperatorCosts(device)
         self.signatures = Signatures(weakref.proxy(self))
         self._plans = 0
+        self.inductor = Inductor(device, self._costs.temporary_nbytes) if options.backend == "inductor" else None
+        self._traced: weakref.WeakSet[Assembled] = weakref.WeakSet()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
         self.mover = StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper)
@@ -120,6 +126,10 @@ class Session:
             raise TrainingError("there is no plan yet: call model.plan(**batch), or train one batch")
         return self.sweep
 
+    def adopt_optimizers(self) -> None:
+        """From now on, optimizers over the model's own parameters get the chunks in their place."""
+        self._updater.adopts = True
+
     def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Fit:
         """What a batch like this one runs on, see NOTE [sizes that one plan serves]."""
         self._check_devices(args, kwargs)
@@ -135,7 +145,7 @@ class Session:
         fit = self.fit(args, kwargs, autocast)
         step = self.begin(fit.compiled)
         assembled = self.program(fit.compiled, step)
-        calls = fit.calls(assembled)
+        calls = self.calls(fit, assembled)
         if calls is not None:
             return Start(fit.compiled, step, assembled, calls, exact=fit.twin is None)
         self.signatures.refuse(args, kwargs, autocast)
@@ -149,7 +159,9 @@ class Session:
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
         """See `signatures.Maker`."""
         with self._placed(args, kwargs) as (own_args, own_kwargs):
-            return self._checked(capture(self.model, own_args, own_kwargs, loss_only=self.options.loss_only))
+            found = self._checked(capture(self.model, own_args, own_kwargs, loss_only=self.options.loss_only))
+        trace_capture(found)
+        return found
 
     def capture_symbolic(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], named: Sequence[Sequence[object]], like: fx.Graph
@@ -168,6 +180,7 @@ class Session:
     @contextmanager
     def _placed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
         """Inside, the model can be captured as if all weights were on the device."""
+        refuse_hooks(self.model)
         if not is_elsewhere(self.model, self.device):
             yield args, kwargs
             return
@@ -285,6 +298,17 @@ class Session:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
 
+    def calls(self, fit: Fit, assembled: Assembled) -> Sequence[Call] | None:
+        """What to call for each code of a program that is about to run; None where there are no codes for the batch.
+
+        Inductor compiles for the sizes of the program: smaller batches run the codes as they are.
+        """
+        names = [segment.name for segment in fit.compiled.segments]
+        if assembled not in self._traced:
+            self._traced.add(assembled)
+            trace_program(assembled, names)
+        return fit.calls(assembled) if self.inductor is None or fit.twin is not None else self.inductor.calls(assembled, names)
+
     def watch(self, compiled: Compiled, step: Step) -> Watch:
         """What the run of a step, or of its updates, reports to."""
         planned, accumulating = self.planned, self.accumulating
@@ -379,6 +403,7 @@ class Session:
                 raise self._budget_error(compiled) from None
         state = self.sweep.state if self.sweep else self._loaded.state if self._loaded else SweepState()
         self._follow(compiled, problem, Sweep.after(schedule, state))
+        trace_plan(lambda: kept(compiled, problem, schedule))
         if dense := self.dense_parameters():
             logger.warning("no slicing rule for the gradient of %s: it is computed whole and cut, and counted so", ", ".join(dense))
         logger.info(

@@ -17,7 +17,7 @@ from chunkft_compile.capture import Capture
 from chunkft_compile.codes import Code
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.lowering import Lowering
-from chunkft_compile.mixed_norms import correct_statistics
+from chunkft_compile.passes.mixed_norms import correct_statistics
 from chunkft_compile.planner.program import Op
 from chunkft_compile.runtime.engine import Call
 from chunkft_compile.segments import Segment, cut

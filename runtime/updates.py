@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from chunkft_compile.planner.program import Instruction, Op
+from chunkft_compile.runtime.adopting import adopt
 from chunkft_compile.runtime.applied import TrainingError
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.guard import Watch
@@ -29,11 +30,13 @@ from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of
 from chunkft_compile.runtime.precision import Rounding, WideStep
 from chunkft_compile.runtime.supported import refuse_unsupported
+from chunkft_compile.runtime.untraced import pause, resume, untraced
 
 
 class Updater:
     """Hooks every optimizer that trains `chunks`.
 
+    With `adopts`, optimizers over the model's own parameters get the chunks in their place.
     `program()` gives the FETCH, UPDATE and EVICT instructions of the current step, or raises if the step cannot be updated now;
     `resident()` the chunks whose state stays; `done(numbers)` is told which chunks were stepped, and `watch()`, for the program that was
     given last, of every instruction.
@@ -59,6 +62,7 @@ class Updater:
         self._stepped: set[int] = set()  # of the pending step
         self._found: list[weakref.ref[Optimizer]] = []
         self._prefetched: dict[int, Optimizer] = {}  # state that came in a backward, for the step that follows
+        self.adopts = False
         self._applier: Applier | None = None  # of the last backward that updated its step
         self._acknowledged: frozenset[int] = frozenset()  # chunks it updated, whose optimizer is being stepped by the user
         _updaters.add(self)
@@ -70,7 +74,11 @@ class Updater:
         return [self._number[i] for i in ids if i in self._number]
 
     def check_coverage(self) -> list[Optimizer]:
-        """All optimizers over the chunks. Raises `ValueError` if a chunk is in none or in two, `TypeError` for one that is unsupported."""
+        """All optimizers over the chunks, after adopting those over the parameters if `adopts`.
+
+        Raises `ValueError` if a chunk is in none or in two, `TypeError` for one that is unsupported."""
+        for optimizer in optimizers_of(chunk.weight for chunk in self._chunks) if self.adopts else ():
+            adopt(optimizer, self._chunks)
         found = optimizers_of(chunk.leaf for chunk in self._chunks)
         if len(found) > 1:
             gc.collect()  # an optimizer that was replaced may still wait for the collector
@@ -170,6 +178,8 @@ class Updater:
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step all groups but the last, and leave the last one ready for the step that follows."""
+        if self.adopts:
+            adopt(optimizer, self._chunks)
         mine = self.chunks_of(optimizer)
         if not mine or (self._pending is not None and _is_within(optimizer)):
             return
@@ -369,14 +379,30 @@ def _hook_optimizers() -> None:
     torch has global hooks only. Two of them, for good, instead of two per model that leave with it: torch iterates over them, and
     a model may be collected meanwhile.
     """
-    register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _tell("before_step", optimizer, args, kwargs))
-    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: _tell("after_step", optimizer, args, kwargs))
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _tell(method: str, optimizer: Optimizer, *arguments: Any) -> None:
+@untraced("a hook that ends the tracing of the step", recursive=False)
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not is_stepping(optimizer):
-        for updater in list(_updaters):
-            getattr(updater, method)(optimizer, *arguments)
+        paused = pause(optimizer)
+        _tell("before_step", optimizer, args, kwargs)
+        if paused and not any(updater.chunks_of(optimizer) for updater in list(_updaters)):
+            resume(optimizer)
+
+
+@untraced("a hook that ends the tracing of the step", recursive=False)
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not is_stepping(optimizer):
+        _tell("after_step", optimizer, args, kwargs)
+        if not _is_within(optimizer):
+            resume(optimizer)
+
+
+def _tell(method: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for updater in list(_updaters):
+        getattr(updater, method)(optimizer, args, kwargs)
 
 
 def _restricted(instructions: Sequence[Instruction], ready: set[int], here: Collection[int]) -> list[Instruction]:

@@ -29,6 +29,7 @@ class Workshop:
 
     def __init__(self) -> None:
         self.costs = OperatorCosts(torch.device("cpu"))
+        self._costs = {self.costs.device: self.costs}
         self.captured = 0
         self._captures: dict[str, Capture] = {}
         self._symbolic: dict[str, tuple[Capture, Symbols]] = {}
@@ -69,12 +70,24 @@ class Workshop:
             self._twins[id(found)] = Twin(found, symbols)
         return self._twins[id(found)]
 
+    def measured(self, device: torch.device) -> OperatorCosts:
+        """As `OperatorCosts`."""
+        return self._costs.setdefault(device, OperatorCosts(device))
+
+    def open(self, patch: pytest.MonkeyPatch) -> None:
+        """From now on compiling goes through here."""
+        patch.setattr("chunkft_compile.session.capture", self.capture)
+        patch.setattr("chunkft_compile.session.capture_symbolic", self.capture_symbolic)
+        patch.setattr("chunkft_compile.signatures.Twin", self.twin)
+        patch.setattr("chunkft_compile.session.OperatorCosts", self.measured)
+        patch.setattr("chunkft_compile.compiled.Lowering", self.lower)
+
 
 def _key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool) -> str:
     """What a capture depends on."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    trained = [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
+    shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    trained = [(parameter.requires_grad, parameter.dtype, parameter.device) for parameter in model.parameters()]
     modes = [module.training for module in model.modules()]
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
     return repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
@@ -93,9 +106,13 @@ def _no_cache_on_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _young_collector() -> None:
-    """Imported libraries leave a million objects that every collection would visit; planning collects several times."""
+    """Collections visit only what the test at hand makes: planning and measuring collect many times in each.
+
+    What is older (imports, captures, compiled code: millions of objects) would make that longer than the rest of the test.
+    `gc.get_objects` does not show it either, by which the runtime finds optimizers: make them in the test, not in a fixture of the module.
+    """
     gc.collect()
     gc.freeze()
 
@@ -112,11 +129,7 @@ def captures_once(workshop: Workshop) -> Iterator[Workshop]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chunkft_compile.session.capture", workshop.capture)
-        patch.setattr("chunkft_compile.session.OperatorCosts", lambda _: workshop.costs)
-        patch.setattr("chunkft_compile.session.capture_symbolic", workshop.capture_symbolic)
-        patch.setattr("chunkft_compile.compiled.Lowering", workshop.lower)
-        patch.setattr("chunkft_compile.signatures.Twin", workshop.twin)
+        workshop.open(patch)
         yield workshop
     torch.set_num_threads(threads)
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from chunkft_compile.dynamo import chunkft
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"chunkft_compile": "chunkft_compile", "chunkft_compile/planner": "planner", "chunkft_compile/runtime": "runtime"}
@@ -49,6 +52,13 @@ def test_the_installed_packages_are_the_folders(name: str) -> None:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     assert [Path(path).resolve() for path in spec.submodule_search_locations] == [ROOT / name]
+
+
+def test_the_backend_of_torch_compile_is_an_entry_point() -> None:
+    """Dynamo loads it from there; a checkout installed before it was written does not have it yet."""
+    (name, value), *others = project()["project"]["entry-points"]["torch_dynamo_backends"].items()
+    assert (name, others) == ("chunkft", [])
+    assert EntryPoint(name, value, "torch_dynamo_backends").load() is chunkft
 
 
 def test_imports_point_one_way() -> None:

@@ -1,5 +1,5 @@
 """The command `chunkft`: `plan` shows what a budget buys, `train` fine-tunes a model inside it; `fit` and `pareto` plan for a device that
-need not be here.
+need not be here, `doctor` says what is here and whether a model can be cut into chunks.
 
 Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted.
 """
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from chunkft_compile.cli import fit, pareto, plan, train
+from chunkft_compile.cli import doctor, fit, pareto, plan, train
 from chunkft_compile.errors import BudgetError, CaptureError, TrainingError
 from chunkft_compile.planner import StepsError
 
@@ -23,6 +23,7 @@ examples:
   chunkft train model.gguf --data pairs.jsonl --schedule plan.json --out ./tuned
   chunkft fit llama-3-8b --device rtx4090 --seq 1024
   chunkft pareto llama-3-8b --device rtx4090 --seq 1024
+  chunkft doctor ./SmolLM2-135M
 
 `chunkft COMMAND --help` lists the options of each."""
 
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"chunkft {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (plan, train, fit, pareto):
+    for module in (plan, train, fit, pareto, doctor):
         module.add_parser(commands)
     return parser
 

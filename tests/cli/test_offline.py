@@ -1,6 +1,8 @@
 """`plan` for a device that is not here, `fit` and `pareto`: answers, exit codes, and one-line refusals."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,22 @@ from chunkft_compile.planner import Placement, Plan, from_json
 from chunkft_compile.planner.devices import find_device
 
 Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _captured_once() -> Iterator[None]:
+    """Commands about the same model and shape share its capture, which costs more than the planning."""
+    models: dict[str, OfflineModel] = {}
+
+    def captured(config: Any, *settings: Any, **more: Any) -> OfflineModel:
+        key = repr((config.to_json_string(), settings, more))
+        if key not in models:
+            models[key] = OfflineModel(config, *settings, **more)
+        return models[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chunkft_compile.cli.offline.OfflineModel", captured)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from chunkft_compile.cli import main
 from chunkft_compile.planner import Plan, from_json
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captures_once")]
+
 SHAPE = ["--batch", "2", "--seq", "16", "--device", "cpu", "--seconds", "1"]
 
 
@@ -25,7 +27,6 @@ def smallest_budget(model_dir: Path, capsys: pytest.CaptureFixture[str], *more: 
     raise AssertionError(f"{budget}, the fourth advice in a row, is refused too")
 
 
-@pytest.mark.slow
 def test_plan_then_train_in_the_smallest_budget(
     model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,7 +50,6 @@ def test_plan_then_train_in_the_smallest_budget(
     assert unmoved == []  # one sweep trains every parameter
 
 
-@pytest.mark.slow
 def test_a_planned_precision_is_trained_in(model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the smallest budget for bf16 weights with masters."""
     how = ["--dtype", "bf16", "--precision", "master"]

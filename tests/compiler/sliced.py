@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chunkft_compile.slicing import Rows, Slicer
+from chunkft_compile.slicing import Rows, Slicer, rule_of
 
 Build = Callable[[fx.Graph, list[fx.Node]], fx.Node]
 
@@ -29,11 +29,12 @@ class Sliced:
                 self.env[node].meta["val"] = node.meta["val"]
         begin = self.graph.placeholder("start")
         begin.meta["val"] = 0
-        self.slicer = Slicer(self.graph, self._read, lambda node: node.op == "placeholder", lambda node, rows: None, self._fake)
+        self.slicer = Slicer(self.graph, self._read, lambda node: node.op == "placeholder", lambda node, rows: None, self._fake, rule_of)
         new = self.slicer.rows_of(self.output, Rows(dim, begin, length))
         self.graph.output(new)
         self.got = _evaluate(self.graph, *self.inputs, start)
-        self.made = [node for node in self.graph.nodes if node.op == "call_function"]
+        calls = (node for node in self.graph.nodes if node.op == "call_function")
+        self.made = [node for node in calls if isinstance(node.meta["val"], torch.Tensor)]  # the others are positions
 
     def _fill(self, build: Build) -> None:
         self.old = fx.Graph()

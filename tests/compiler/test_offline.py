@@ -61,16 +61,22 @@ def _real_problem(model: nn.Module, costs: OperatorCosts, optimizer: Any, precis
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"),
+    ("config", "dtype", "precision"),
     [
-        (torch.float32, Precision.PLAIN),
-        pytest.param(torch.bfloat16, Precision.PLAIN, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, Precision.MASTER, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, Precision.STOCHASTIC, marks=pytest.mark.slow),
-        pytest.param(torch.float16, Precision.MASTER, marks=pytest.mark.slow),
+        pytest.param(LLAMA, torch.float32, Precision.PLAIN, id="llama"),
+        *(
+            pytest.param(config, dtype, precision, id=f"{config.model_type}-{dtype}-{precision}", marks=pytest.mark.slow)
+            for config, dtype, precision in (
+                (LLAMA, torch.bfloat16, Precision.PLAIN),
+                (LLAMA, torch.bfloat16, Precision.MASTER),
+                (LLAMA, torch.bfloat16, Precision.STOCHASTIC),
+                (LLAMA, torch.float16, Precision.MASTER),
+                (GPT2, torch.float32, Precision.PLAIN),
+                (GPT2, torch.bfloat16, Precision.MASTER),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("config", [pytest.param(LLAMA, id="llama"), pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow)])
 def test_the_problem_is_that_of_the_real_model_to_the_byte(config: Any, dtype: torch.dtype, precision: Precision) -> None:
     costs = OperatorCosts(CPU)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -93,6 +93,21 @@ class Lab:
         return slices
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "factor"), [pytest.param(case, factor, id=case.name) for case, factor in zip(CASES, (1.9, 3.6, 3.6), strict=True)]
+)
+# torch's own (2.13.0), when Inductor is imported
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_codes_that_inductor_compiled_hold_the_prediction(allocator: Allocator, case: Case, factor: float) -> None:
+    lab = Lab(allocator, case, factor, backend="inductor")
+    lab.sweeps(1)  # compiles, and certifies beside the step
+    steps = lab.sweeps(1)
+    assert lab.model.compiled_codes > 0
+    for step in steps:
+        assert step.measured <= step.predicted <= lab.budget
+
+
 @contextlib.contextmanager
 def _capped(hook: Allocator, nbytes: int) -> Iterator[None]:
     hook.cap(nbytes)

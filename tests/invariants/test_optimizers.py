@@ -21,7 +21,7 @@ from tests.models import compute_loss, token_batch
 from tests.support import reference
 from tests.support.allocator import Allocator
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captures_once")]
+pytestmark = pytest.mark.usefixtures("captures_once")
 
 SWEEPS = 3
 UPDATES = (Update.HELD, Update.IMMEDIATE)

@@ -6,6 +6,7 @@ weights, state, generators and positions at the end of every run.
 
 import argparse
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -213,12 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("seed", type=int)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    workshop, patch = Workshop(), pytest.MonkeyPatch()
-    patch.setattr("chunkft_compile.session.capture", workshop.capture)
-    patch.setattr("chunkft_compile.session.OperatorCosts", lambda _: workshop.costs)
-    patch.setattr("chunkft_compile.compiled.Lowering", workshop.lower)
+    patch = pytest.MonkeyPatch()
+    Workshop().open(patch)
     plan_by_hand(patch, SWEEP, scattered=True)
     Training().start(args.directory / "base")
+    gc.collect()
+    gc.freeze()  # children collect many times, and would visit and copy all of this process each time
     run = kill_at_random if args.how == "random" else kill_in_writes
     print(json.dumps(run(args.directory / "base", args.directory, args.count, random.Random(args.seed))))
 
