@@ -49,7 +49,7 @@ class Code:
     writes: tuple[int, ...]
     demands: tuple[Demand, ...]
     dense: tuple[int, ...]
-    option: str
+    option: str = ""
     sizes: tuple[Expression, ...] = ()
 
     @cached_property

@@ -274,10 +274,10 @@ def test_a_model_that_branches_on_its_length_is_right_on_either_side() -> None:
 
 def test_constants_of_a_call_that_change_leave_nothing_behind() -> None:
     model, _ = _pair(Case("scaled", Scaled, vector_batch), 10_000)
-    for scale in range(12):
+    for scale in range(10):
         torch.autograd.backward((model(torch.ones(4, 6), scale=float(scale + 1)) ** 2).mean())
         model.zero_grad()
-    assert model.counts.captures == 12
+    assert model.counts.captures == 10
     assert len(model._session.signatures._families) == 8
 
 
