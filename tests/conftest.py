@@ -54,7 +54,9 @@ class Workshop:
         *,
         loss_only: bool = True,
     ) -> tuple[Capture, Symbols]:
-        """As `capture.capture_symbolic`."""
+        """As `capture.capture_symbolic`, which keeps the model: one on another device than the CPU is to be freed."""
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            return capture_symbolic(model, args, kwargs, named, like, loss_only=loss_only)
         key = f"{_key(model, args, kwargs, loss_only=loss_only)} {named}"
         if key not in self._symbolic:
             self._symbolic[key] = capture_symbolic(model, args, kwargs, named, like, loss_only=loss_only)
@@ -66,6 +68,8 @@ class Workshop:
 
     def twin(self, found: Capture, symbols: Symbols) -> Twin:
         """As `Twin`."""
+        if all(found is not kept for kept, _ in self._symbolic.values()):
+            return Twin(found, symbols)
         if id(found) not in self._twins:  # a twin adds symbols of its own
             self._twins[id(found)] = Twin(found, symbols)
         return self._twins[id(found)]
