@@ -11,6 +11,7 @@ from torch import fx
 from chunkft_compile.codes import SERVES, Code, Demand, Read, boxed_module, emit, fake_call
 from chunkft_compile.recomputing import inputs_of, inside_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
+from chunkft_compile.sizes import take_sizes
 from chunkft_compile.slicing import Rows, Slicer, rule_of
 from chunkft_compile.tiles import Tiles, Wanted
 from chunkft_compile.tiling import Region
@@ -60,7 +61,8 @@ class Backward:
                 for new in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
                     new.meta[SERVES] = i
         self.graph.output(tuple(results[i] for i in range(len(self.demands))))
-        return Code(boxed_module(self.graph), tuple(reads), (), self.demands, tuple(sorted(set(dense))))
+        sizes = take_sizes(self.graph)
+        return Code(boxed_module(self.graph), tuple(reads), (), self.demands, tuple(sorted(set(dense))), self.option, sizes)
 
     def _copy(self, node: fx.Node) -> None:
         self.env[node] = self.graph.node_copy(node, self._value)
@@ -80,7 +82,8 @@ class Backward:
         def mark(exit_: Wanted, new: fx.Node) -> None:
             new.meta[SERVES] = exit_.demand if exit_.demand is not None else self.lowering.partials.get(exit_.node)
 
-        tiles = Tiles(region, self.count, self._value, functools.partial(emit, self.graph, self.capture))
+        ranges = self.lowering.ranges(region, self.count, self.graph)
+        tiles = Tiles(region, ranges, self._value, functools.partial(emit, self.graph, self.capture))
         found = tiles.run([*exits, *rows.values()], mark)
         self.env |= {exit_.node: found[exit_] for exit_ in exits}
         self.sums = {key: found[exit_] for key, exit_ in rows.items()}

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.names import named_once
 from chunkft_compile.passes import run_passes
+from chunkft_compile.sizes import Symbols, depends_on_data, fold_sizes, is_symbolic, symbolic_inputs, symbols_allowed
 from chunkft_compile.traced import MODEL, Bound, TracedModel
 
 logger = logging.getLogger(__name__)
@@ -120,30 +121,73 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     With `loss_only`, a model output that has a `loss` gives only that. Raises `CaptureError` with the user's file, line and
     operation where the model cannot be one graph.
     """
+    found, _ = _capture(model, args, kwargs, None, None, loss_only=loss_only)
+    return found
+
+
+def capture_symbolic(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    named: Sequence[Sequence[object]],
+    like: fx.Graph,
+    *,
+    loss_only: bool = True,
+) -> tuple[Capture, Symbols]:
+    """As `capture`, with symbols for some dimensions of the batch, and where each symbol stands there.
+
+    `named` has for every dimension of every tensor its name, or None for a dimension that stays a number. Dimensions of one name are
+    taken to be equal. `like` is the graph of some batch, which this one will resemble where it can. What tracing cannot decide for all
+    sizes, it decides for those that `args` and `kwargs` have, and the shape environment of `fake_mode` keeps that as guards. Sizes are no
+    nodes of the graph but arguments of its calls.
+    """
+    if isinstance(model, TracedModel):
+        raise CaptureError("the model was traced already, for the sizes of one batch")
+    return _capture(model, args, kwargs, named, like, loss_only=loss_only)
+
+
+def _capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    named: Sequence[Sequence[object]] | None,
+    like: fx.Graph | None,
+    *,
+    loss_only: bool,
+) -> tuple[Capture, Symbols]:
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     template = _Template(model, leaves, spec, loss_only=loss_only)
     template.training = model.training
     # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
+    for tensor, names in zip(tensors, named or (), strict=named is not None):
+        torch._dynamo.maybe_mark_dynamic(tensor, [dim for dim, name in enumerate(names) if name is not None])
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
     # RNN modules are traced through: the patched flag only says that recompiling for other lengths is slow.
     config = torch._dynamo.config.patch(ignore_logging_functions=_log_methods(), automatic_dynamic_shapes=False, allow_rnn=True)
     with torch.enable_grad(), _side_effects_told(model), config, _backward_without_autocast(model):
         try:
             traced, fake_mode = _trace(model, leaves, template, tensors)
+            symbols, fakes = Symbols(), tuple[torch.Tensor, ...]()
             with contextlib.ExitStack() as stack:
                 stack.enter_context(tracing(TracingContext(fake_mode)))
-                # Static fakes: AOTAutograd would give inputs symbolic sizes, and bytes need numbers. So one graph per shape.
-                fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
+                if named is None:
+                    # Static fakes: AOTAutograd would give inputs symbolic sizes, and bytes need numbers. So one graph per shape.
+                    fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
+                else:
+                    fakes, symbols = symbolic_inputs(traced, tensors, named)
                 joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
         except (TorchDynamoException, RuntimeError, NotImplementedError) as error:
             with torch.no_grad():
                 model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
             raise _explain(error, model) from error
-    found = _read(joint, fake_mode, _first_names(model))
+    if like is not None:
+        fold_sizes(joint.graph_module.graph, like)
+    with symbols_allowed():
+        found = _read(joint, fake_mode, _first_names(model), symbolic=like is not None)
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
-    return found
+    return found, symbols
 
 
 def _trace(
@@ -201,7 +245,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: names[0] for _, names in named_once(model) for name in names}
 
 
-def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str]) -> Capture:
+def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str], *, symbolic: bool) -> Capture:
     """Turn descriptors into plain dictionaries; positions are never relied upon."""
 
     def first(target: str) -> str:
@@ -209,7 +253,7 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
 
     module = joint.graph_module
     graph: fx.Graph = module.graph
-    _refuse_unplannable(graph)
+    _refuse_unplannable(graph, symbolic=symbolic)
     run_passes(graph, fake_mode)
     params, buffers, inputs, tangents = {}, {}, {}, {}
     for node in graph.find_nodes(op="placeholder"):
@@ -248,6 +292,8 @@ def _read(joint: Any, fake_mode: FakeTensorMode, first_names: Mapping[str, str])
     names = tuple(str(leaf) for leaf in leaves[len(leaves) - lost :]) if lost else ()
     constants = {node: getattr(module, str(node.target)) for node in graph.find_nodes(op="get_attr")}
     kept = tuple(leaves[: len(leaves) - lost])
+    if any(is_symbolic(leaf) for leaf in kept):
+        raise CaptureError("the model gives a size of the batch as an output, which is one number for each size")
     return Capture(graph, fake_mode, params, buffers, inputs, tangents, constants, kept, gradients, mutations, whole, names)
 
 
@@ -257,17 +303,15 @@ def _output_index(desc: Any, node: fx.Node) -> int:
     return int(desc.idx)
 
 
-def _refuse_unplannable(graph: fx.Graph) -> None:
-    """Sizes must be known and every node an ATen call on tensors, else the plan would be a guess."""
+def _refuse_unplannable(graph: fx.Graph, *, symbolic: bool) -> None:
+    """Sizes must be known, or follow from the batch's, and every node be an ATen call on tensors, else the plan would be a guess."""
     for node in sorted(graph.nodes, key=lambda node: node.op == "placeholder"):  # calls first: they know their line
         value = node.meta.get("val")
         leaves = pytree.tree_leaves(value) if node.op != "output" else []
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
         files = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
         place = "\n  ".join(line.strip() for line in lines[files[-1] : files[-1] + 2]) if files else node.name
-        if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves) or any(
-            isinstance(leaf, torch.Tensor) and any(not isinstance(size, int) for size in leaf.shape) for leaf in leaves
-        ):
+        if any(depends_on_data(leaf) if symbolic else is_symbolic(leaf) for leaf in leaves):
             raise CaptureError(
                 f"the size of {node.name} ({node.target}) depends on the data of the batch\n  {place}\n"
                 f"  way out: use fixed sizes, e.g. torch.where instead of boolean indexing"

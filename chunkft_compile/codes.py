@@ -13,6 +13,7 @@ from torch.fx.graph import _BoxedCodeGen
 
 from chunkft_compile.capture import Capture
 from chunkft_compile.liveness import Footprint
+from chunkft_compile.sizes import Expression
 
 SERVES = "chunkft_serves"
 """Key in the meta of a lowered backward node: the index of the only demand it serves, or the parameter if that is demanded whole."""
@@ -38,9 +39,9 @@ class Read:
 class Code:
     """A callable shared by all segments of a kind.
 
-    `module(args)` takes a list: the tensors of `reads`, then one integer start for every demand with a length. It empties the
-    list. It returns one tensor for every entry of `writes` (forward) or of the demands (backward). `dense` are the demands whose
-    gradient had to be computed whole.
+    `module(args)` takes a list: the tensors of `reads`, then one integer start for every demand with a length, then a number for each of
+    `sizes`. It empties the list. It returns one tensor for every entry of `writes` (forward) or of the demands (backward). `dense` are
+    the demands whose gradient had to be computed whole; `option` is what it was lowered for.
     """
 
     module: fx.GraphModule
@@ -48,6 +49,8 @@ class Code:
     writes: tuple[int, ...]
     demands: tuple[Demand, ...]
     dense: tuple[int, ...]
+    option: str = ""
+    sizes: tuple[Expression, ...] = ()
 
     @cached_property
     def call(self) -> Callable[[list[Any]], tuple[Any, ...]]:
@@ -75,6 +78,7 @@ def fake_call(node: fx.Node, capture: Capture) -> Any:
 
 
 def boxed_module(graph: fx.Graph) -> fx.GraphModule:
+    """The graph made callable. Symbolic sizes must be its inputs by now, see `take_sizes`."""
     graph.set_codegen(_BoxedCodeGen())
     graph.lint()
     return fx.GraphModule(torch.nn.Module(), graph)

@@ -82,6 +82,11 @@ class Compiled:
         """The segments of its joint graph."""
         return self._lowering.segments
 
+    @property
+    def codes(self) -> int:
+        """How many codes were made for it."""
+        return len(self._lowering.codes)
+
     def temporary_nbytes(self, node: fx.Node) -> int:
         """Bytes that an operator takes and gives back while it runs."""
         return self._costs.temporary_nbytes(node)

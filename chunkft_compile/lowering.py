@@ -18,8 +18,9 @@ from chunkft_compile.codes import Code, Demand, Read, boxed_module, emit
 from chunkft_compile.offloading import Movable
 from chunkft_compile.recomputing import inputs_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
-from chunkft_compile.tiles import Tiles, Wanted
-from chunkft_compile.tiling import Region, UntiledError, find_region
+from chunkft_compile.sizes import Sizes, SymbolicTiles, take_sizes
+from chunkft_compile.tiles import Range, Tiles, Wanted
+from chunkft_compile.tiling import Region, UntiledError, find_region, fit_tiles, tile_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,11 @@ _TILED = "tiled "
 
 
 class Lowering:
-    """Codes of one capture, made when first asked for and shared by kind."""
+    """Codes of one capture, made when first asked for and shared by kind. One with symbolic sizes needs `tiles` for its tiled options."""
 
-    def __init__(self, capture: Capture, segments: Sequence[Segment]) -> None:
+    def __init__(self, capture: Capture, segments: Sequence[Segment], tiles: SymbolicTiles | None = None) -> None:
         self.capture = capture
+        self._tiles = tiles  # for a capture with symbolic sizes
         self.segments = tuple(segments)
         self.owner = {node: segment.number for segment in segments for node in segment.nodes}
         self.partials = _partial_gradients(capture)
@@ -77,6 +79,24 @@ class Lowering:
             raise ValueError(f"{segment.name} has no option {option!r}: {region}; way out: one of {', '.join(OPTIONS)}")
         return region, int(count)
 
+    def retiled(self, segment: Segment, option: str, planned: Sizes, sizes: Sizes) -> tuple[str, Sizes]:
+        """The option that does for `sizes` what `option` does for `planned`, and its sizes: tiles that are no longer, and few of them.
+
+        Raises ValueError where there is no such option.
+        """
+        region, count = self.tiling(segment, option)
+        if region is None or self._tiles is None:
+            return option, sizes
+        tokens = [int(found.of(region.tokens)) for found in (planned, sizes)]
+        found = fit_tiles(tokens[1], -(-tokens[0] // count), count)
+        if found is None:
+            raise ValueError(f"{tokens[1]} tokens do not come in {count} tiles or fewer of {-(-tokens[0] // count)} tokens")
+        return f"{_TILED}{found.count}", self._tiles.sizes(sizes, found.length, found.rest)
+
+    def ranges(self, region: Region, count: int, graph: fx.Graph) -> list[Range]:
+        """The tiles of a region, as a code with this graph has them."""
+        return list(tile_ranges(region.tokens, count)) if self._tiles is None else self._tiles.ranges(graph, count)
+
     def backward(self, segment: Segment, demands: Sequence[Demand], option: str) -> Code:
         """The backward of `segment` that gives exactly `demands`, recomputing what `option` did not save."""
         key = (segment.kind, "backward", tuple(demands), option)
@@ -90,8 +110,34 @@ class Lowering:
         region, count = self.tiling(segment, option)
         key = (segment.kind, "forward", wanted, count)
         if key not in self._codes:
-            self._codes[key] = _lower_forward(self.capture, segment, wanted, region, count)
+            self._codes[key] = self._lower_forward(segment, wanted, option, region, count)
         return self._codes[key]
+
+    def _lower_forward(self, segment: Segment, writes: tuple[int, ...], option: str, region: Region | None, count: int) -> Code:
+        wanted = [segment.nodes[i] for i in writes]
+        needed = needed_for(wanted, {node for node in segment.nodes if is_forward(node)}, region)
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        read = {source for node in needed for source in inputs_of(node, region)}
+        outside = [node for node in segment.externals if node in read]
+        for i, node in enumerate(outside):
+            env[node] = graph.placeholder(f"a{i}")
+            env[node].meta["val"] = node.meta["val"]
+        exits = [node for node in segment.nodes if node in needed and region is not None and node in region.exits]
+        if region is not None and exits:
+            before = needed_for({entry for node in exits for entry in region.entries(node)}, needed, region)
+            for node in segment.nodes:
+                if node in before:
+                    env[node] = graph.node_copy(node, env.__getitem__)
+            tiles = Tiles(region, self.ranges(region, count, graph), env.__getitem__, functools.partial(emit, graph, self.capture))
+            found = tiles.run([Wanted(node) for node in exits], lambda exit_, new: None)
+            env |= {exit_.node: new for exit_, new in found.items()}
+        for node in segment.nodes:
+            if node in needed and node not in env:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        graph.output(tuple(env[node] for node in wanted))
+        sizes, reads = take_sizes(graph), tuple(Read(segment.position[node]) for node in outside)
+        return Code(boxed_module(graph), reads, writes, (), (), option, sizes)
 
     @cached_property
     def movable(self) -> Movable:
@@ -126,29 +172,3 @@ def _partial_gradients(capture: Capture) -> dict[fx.Node, str]:
             for user in node.users:
                 found |= reached.get(user, set())
     return {node: next(iter(names)) for node, names in reached.items() if len(names) == 1}
-
-
-def _lower_forward(capture: Capture, segment: Segment, writes: tuple[int, ...], region: Region | None, count: int) -> Code:
-    wanted = [segment.nodes[i] for i in writes]
-    needed = needed_for(wanted, {node for node in segment.nodes if is_forward(node)}, region)
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    read = {source for node in needed for source in inputs_of(node, region)}
-    outside = [node for node in segment.externals if node in read]
-    for i, node in enumerate(outside):
-        env[node] = graph.placeholder(f"a{i}")
-        env[node].meta["val"] = node.meta["val"]
-    exits = [node for node in segment.nodes if node in needed and region is not None and node in region.exits]
-    if region is not None and exits:
-        before = needed_for({entry for node in exits for entry in region.entries(node)}, needed, region)
-        for node in segment.nodes:
-            if node in before:
-                env[node] = graph.node_copy(node, env.__getitem__)
-        tiles = Tiles(region, count, env.__getitem__, functools.partial(emit, graph, capture))
-        found = tiles.run([Wanted(node) for node in exits], lambda exit_, new: None)
-        env |= {exit_.node: new for exit_, new in found.items()}
-    for node in segment.nodes:
-        if node in needed and node not in env:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[node] for node in wanted))
-    return Code(boxed_module(graph), tuple(Read(segment.position[node]) for node in outside), writes, (), ())

@@ -25,6 +25,7 @@ from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.runtime.store import Traffic
 from chunkft_compile.runtime.untraced import untraced
 from chunkft_compile.session import Options, Session
+from chunkft_compile.signatures import Counts
 from chunkft_compile.solving import Solving, kept, read_plan, write_plan
 
 _UPDATES = {"held": (Update.HELD,), "auto": (Update.HELD, Update.IMMEDIATE), "immediate": (Update.IMMEDIATE,)}
@@ -205,6 +206,11 @@ class ChunkedModule(nn.Module):
         return Progress(sweep.position, len(sweep.schedule.steps), sweep.count, names, sweep.current.peak_nbytes)
 
     @property
+    def counts(self) -> Counts:
+        """How many captures, plans and lowered codes there were so far."""
+        return self._session.counts
+
+    @property
     def dense_parameters(self) -> tuple[str, ...]:
         """Split parameters whose gradient is computed whole because no slicing rule applies; empty before there is a plan."""
         return self._session.dense_parameters()
@@ -262,7 +268,7 @@ class ChunkedModule(nn.Module):
         """Capture and solve for a batch of this shape without training. Same arguments as a training call."""
         autocast = Autocast.ambient(self._device)
         with autocast.off():
-            self._session.plan(self._session.compiled_for(args, self._training_kwargs(kwargs), autocast))
+            self._session.plan(self._session.fit(args, self._training_kwargs(kwargs), autocast).compiled)
         return self._session.planned.schedule
 
     def plain_peak_nbytes(self, *args: Any, **kwargs: Any) -> int:
@@ -285,17 +291,27 @@ class ChunkedModule(nn.Module):
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Autocast) -> Any:
         session = self._session
-        compiled = session.compiled_for(args, kwargs, autocast)
-        step = session.begin(compiled)
-        assembled = session.program(compiled, step)
+        start = session.start(args, kwargs, autocast)
+        compiled, step, assembled = start.compiled, start.step, start.assembled
         batch = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         tangents = compiled.capture.tangents
         sources = {v: self._source(compiled, node, batch) for v, node in assembled.bindings.items() if node not in tangents}
         sources = {value: tensor for value, tensor in sources.items() if value not in assembled.streamed}
-        calls, offloader = session.calls(compiled, assembled), Offloader(session.stores)
+        offloader = Offloader(session.stores)
         leaves, stepper = {number: self.chunks[number].leaf for number in step.chunks}, session.stepper(compiled, step)
         watch = session.watch(compiled, step)
-        run = Run(assembled.program, calls, sources, leaves, stepper, offloader, session.keeper, assembled.streamed, watch)
+        run = Run(
+            assembled.program,
+            start.calls,
+            sources,
+            leaves,
+            stepper,
+            offloader,
+            session.keeper,
+            assembled.streamed,
+            watch,
+            exact=start.exact,
+        )
         self._pending = weakref.ref(run)
         return self._connect(compiled, assembled, run, batch)
 

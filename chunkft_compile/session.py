@@ -3,8 +3,8 @@
 import functools
 import logging
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import format_nbytes
-from chunkft_compile.capture import Capture, capture
+from chunkft_compile.capture import Capture, capture, capture_symbolic
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.elsewhere import faked, is_elsewhere
@@ -40,13 +40,13 @@ from chunkft_compile.runtime.stores import Stores, measure_link
 from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
-from chunkft_compile.solving import Solving, describe_inputs, explained_error, forms, given, kept, solve
+from chunkft_compile.signatures import Counts, Fit, Signatures
+from chunkft_compile.sizes import Symbols
+from chunkft_compile.solving import Solving, explained_error, forms, given, kept, solve
 from chunkft_compile.tracing import trace_capture, trace_plan, trace_program
 from chunkft_compile.widening import widen_gradients
 
 logger = logging.getLogger("chunkft_compile")
-
-_SIGNATURES = 8  # captured signatures kept; one holds a graph of some ten megabytes for a large model
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,20 @@ class Options:
     plan: Plan | None = None
     precision: Precision = Precision.PLAIN
     backend: str = "eager"
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A training call under way: `calls` are what the instructions of `assembled` index.
+
+    Unless `exact`, the batch is smaller than the one that the program was made for.
+    """
+
+    compiled: Compiled
+    step: Step
+    assembled: Assembled
+    calls: Sequence[Call]
+    exact: bool
 
 
 class Session:
@@ -86,9 +100,10 @@ class Session:
         self._anchor = anchor
         self._watch = Watch()
         self._costs = OperatorCosts(device)
+        self.signatures = Signatures(weakref.proxy(self))
+        self._plans = 0
         self.inductor = Inductor(device, self._costs.temporary_nbytes) if options.backend == "inductor" else None
         self._traced: weakref.WeakSet[Assembled] = weakref.WeakSet()
-        self._compiled: OrderedDict[object, Compiled] = OrderedDict()
         self._setting: Setting | None = None
         self._known: frozenset[type[Optimizer]] = frozenset()
         self.mover = StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper)
@@ -115,34 +130,72 @@ class Session:
         """From now on, optimizers over the model's own parameters get the chunks in their place."""
         self._updater.adopts = True
 
-    def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Compiled:
-        """What is compiled for a batch like this one, made anew for a new signature, mode or autocast."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        self._check_devices(leaves)
-        signature = tuple((tuple(v.shape), v.dtype, v.stride()) if isinstance(v, torch.Tensor) else repr(v) for v in leaves)
-        key = (str(spec), signature, tuple(module.training for module in self.model.modules()), autocast)
-        if key not in self._compiled:
-            with autocast.on():
-                found = self._capture(args, kwargs)
-            found = widen_gradients(found, self.options.precision)
-            trace_capture(found)
-            self._check_all_trained(found.gradients)
-            batch = [self._anchor, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-            stand_ins = [chunk.stand_in for chunk in self.chunks if chunk.stand_in is not None]
-            fixed = fixed_nbytes(self._model_nbytes, found, [*batch, *stand_ins])
-            self._compiled[key] = Compiled(found, fixed, self._costs, self._get_setting(), describe_inputs(args, kwargs))
-            while len(self._compiled) > _SIGNATURES:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
+    def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Fit:
+        """What a batch like this one runs on, see NOTE [sizes that one plan serves]."""
+        self._check_devices(args, kwargs)
+        return self.signatures.fit(args, kwargs, autocast)
 
-    def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
-        """The joint graph, as if all weights were on the device."""
+    def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Compiled:
+        """What is compiled for exactly the sizes of this batch."""
+        self._check_devices(args, kwargs)
+        return self.signatures.exact(args, kwargs, autocast)
+
+    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Start:
+        """A training call: its step, planned as needed, and what the program of the step calls."""
+        fit = self.fit(args, kwargs, autocast)
+        step = self.begin(fit.compiled)
+        assembled = self.program(fit.compiled, step)
+        calls = self.calls(fit, assembled)
+        if calls is not None:
+            return Start(fit.compiled, step, assembled, calls, exact=fit.twin is None)
+        self.signatures.refuse(args, kwargs, autocast)
+        return self.start(args, kwargs, autocast)
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """See `signatures.Maker`."""
+        return tuple(module.training for module in self.model.modules())
+
+    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+        """See `signatures.Maker`."""
+        with self._placed(args, kwargs) as (own_args, own_kwargs):
+            found = self._checked(capture(self.model, own_args, own_kwargs, loss_only=self.options.loss_only))
+        trace_capture(found)
+        return found
+
+    def capture_symbolic(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], named: Sequence[Sequence[object]], like: fx.Graph
+    ) -> tuple[Capture, Symbols]:
+        """See `signatures.Maker`."""
+        with self._placed(args, kwargs) as (own_args, own_kwargs):
+            found, symbols = capture_symbolic(self.model, own_args, own_kwargs, named, like, loss_only=self.options.loss_only)
+        return self._checked(found), symbols
+
+    def compile(self, capture: Capture, batch: Sequence[torch.Tensor], inputs: tuple[str, ...]) -> Compiled:
+        """See `signatures.Maker`."""
+        stand_ins = [chunk.stand_in for chunk in self.chunks if chunk.stand_in is not None]
+        fixed = fixed_nbytes(self._model_nbytes, capture, [self._anchor, *batch, *stand_ins])
+        return Compiled(capture, fixed, self._costs, self._get_setting(), inputs)
+
+    @contextmanager
+    def _placed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
+        """Inside, the model can be captured as if all weights were on the device."""
         refuse_hooks(self.model)
         if not is_elsewhere(self.model, self.device):
-            return capture(self.model, args, kwargs, loss_only=self.options.loss_only)
-        with faked(self.model, self.device, args, kwargs) as (fake_args, fake_kwargs):
-            return capture(self.model, fake_args, fake_kwargs, loss_only=self.options.loss_only)
+            yield args, kwargs
+            return
+        with faked(self.model, self.device, args, kwargs) as batch:
+            yield batch
+
+    def _checked(self, found: Capture) -> Capture:
+        found = widen_gradients(found, self.options.precision)
+        self._check_all_trained(found.gradients)
+        return found
+
+    @property
+    def counts(self) -> Counts:
+        """What was captured, planned and lowered so far."""
+        return self.signatures.counts(self._plans)
 
     def plan(self, compiled: Compiled) -> None:
         """Make sure that every step of the schedule holds the budget on this signature."""
@@ -245,15 +298,16 @@ class Session:
         """The exact program of a step under the current schedule."""
         return compiled.program(step, self.planned.schedule.places, accumulating=self.accumulating)
 
-    def calls(self, compiled: Compiled, assembled: Assembled) -> list[Call]:
-        """What to call for each code of a program that is about to run."""
-        names = [segment.name for segment in compiled.segments]
+    def calls(self, fit: Fit, assembled: Assembled) -> Sequence[Call] | None:
+        """What to call for each code of a program that is about to run; None where there are no codes for the batch.
+
+        Inductor compiles for the sizes of the program: smaller batches run the codes as they are.
+        """
+        names = [segment.name for segment in fit.compiled.segments]
         if assembled not in self._traced:
             self._traced.add(assembled)
             trace_program(assembled, names)
-        if self.inductor is None:
-            return [code.call for code in assembled.codes]
-        return self.inductor.calls(assembled, names)
+        return fit.calls(assembled) if self.inductor is None or fit.twin is not None else self.inductor.calls(assembled, names)
 
     def watch(self, compiled: Compiled, step: Step) -> Watch:
         """What the run of a step, or of its updates, reports to."""
@@ -331,6 +385,7 @@ class Session:
 
     def _follow(self, compiled: Compiled, problem: Problem, sweep: Sweep) -> None:
         """Go on under the schedule of `sweep`, which answers `problem`: weights go where it says."""
+        self._plans += 1
         self.sweep, self.latest, self.problem = sweep, compiled, problem
         self.keeper.place(compiled.weight_places(sweep.schedule.places))
 
@@ -470,8 +525,8 @@ class Session:
                 f"no step would ever train {shown}: the outputs do not depend on it; freeze it before compile() with requires_grad_(False)"
             )
 
-    def _check_devices(self, leaves: Sequence[Any]) -> None:
-        for leaf in leaves:
+    def _check_devices(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
             if isinstance(leaf, torch.Tensor) and leaf.device != self.device:
                 raise ValueError(
                     f"an input of shape {tuple(leaf.shape)} is on {leaf.device}, the model is on {self.device}; "

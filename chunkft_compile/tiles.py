@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from chunkft_compile.slicing import Rows
-from chunkft_compile.tiling import Region, tile_ranges
+from chunkft_compile.tiling import Region
 from chunkft_compile.tokens import Tokens, reduced_dims, shape_of
 
 aten = torch.ops.aten
@@ -27,12 +27,16 @@ class Wanted:
     demand: int | None = None
 
 
-class Tiles:
-    """Emits a region in `count` tiles. `read(node)` gives a whole value, `emit(target, *args, **kwargs)` a new call."""
+Range = tuple[int | fx.Node, int]
+"""First token and number of tokens of a tile. The first one may be a node that holds an integer at run time, the number symbolic."""
 
-    def __init__(self, region: Region, count: int, read: Callable[[fx.Node], fx.Node], emit: Callable[..., fx.Node]) -> None:
+
+class Tiles:
+    """Emits a region in tiles. `read(node)` gives a whole value, `emit(target, *args, **kwargs)` a new call."""
+
+    def __init__(self, region: Region, ranges: Sequence[Range], read: Callable[[fx.Node], fx.Node], emit: Callable[..., fx.Node]) -> None:
         self.region = region
-        self.count = count
+        self.ranges = ranges
         self.read = read
         self.emit = emit
         self._flat: dict[tuple[fx.Node, Tokens], fx.Node] = {}
@@ -41,7 +45,7 @@ class Tiles:
         """All tiles, one after the other; `mark` is told the calls that serve one exit only."""
         exits = list(dict.fromkeys([*wanted, *self._weights(wanted)]))
         results: dict[Wanted, fx.Node] = {}
-        for start, length in tile_ranges(self.region.tokens, self.count):
+        for start, length in self.ranges:
             tile = _Tile(self, start, length)
             for exit_ in exits:
                 tile.prepare(exit_.node)
@@ -104,7 +108,7 @@ def adopt(new: fx.Node, old: fx.Node) -> fx.Node:
 class _Tile:
     """The values of one tile."""
 
-    def __init__(self, tiles: Tiles, start: int, length: int) -> None:
+    def __init__(self, tiles: Tiles, start: int | fx.Node, length: int) -> None:
         self.tiles = tiles
         self.region = tiles.region
         self.start = start

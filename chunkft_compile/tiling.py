@@ -201,3 +201,28 @@ def tile_ranges(tokens: int, count: int) -> Iterator[tuple[int, int]]:
     size = -(-tokens // count)
     for start in range(0, tokens, size):
         yield start, min(size, tokens - start)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """`count` tiles: all but the last one of `length` tokens, the last one of `rest`."""
+
+    count: int
+    length: int
+    rest: int
+
+
+def fit_tiles(tokens: int, longest: int, most: int) -> Tiling | None:
+    """Tiles of 2 to `longest` tokens, at most `most` of them; None where that is not possible.
+
+    Their number is a power of two where it can be, so that many lengths have it in common. One token is not enough for a code whose sizes
+    are symbols.
+    """
+    fewest = -(-tokens // longest)
+    powers = [2**power for power in range(most.bit_length()) if fewest <= 2**power <= most]
+    for count in [*powers, *range(fewest, most + 1)]:
+        length = min(-(-tokens // count), (tokens - 2) // (count - 1)) if count > 1 else 2
+        rest = tokens - (count - 1) * length
+        if 2 <= length <= max(longest, 2) and 2 <= rest <= longest:
+            return Tiling(count, length, rest)
+    return None

@@ -12,6 +12,7 @@ from torch import nn
 
 from chunkft_compile.planner.problem import Update
 from chunkft_compile.planner.program import Instruction, Op, Program
+from chunkft_compile.runtime.chunks import storage_nbytes
 from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.offload import Offloader
 from chunkft_compile.runtime.weights import WeightKeeper
@@ -41,7 +42,8 @@ class Run:
     `calls` are the codes that instructions index, `sources` the outside values (weights, buffers, batch), `leaves` the chunk
     parameters by chunk number, whose `.grad` receives the slices. A program with IMMEDIATE updates, or one that fetches state in its
     backward, needs a `stepper`, and the first gives it the slices instead. One that moves values needs an `offloader`; one that moves
-    weights a `keeper`, and in `streamed` the name of every value that lies in them. `watch` is told of every instruction.
+    weights a `keeper`, and in `streamed` the name of every value that lies in them. `watch` is told of every instruction. Unless `exact`,
+    the batch is smaller than the one that the program was made for.
     """
 
     def __init__(
@@ -55,8 +57,11 @@ class Run:
         keeper: WeightKeeper | None = None,
         streamed: Mapping[int, str] | None = None,
         watch: Watch | None = None,
+        *,
+        exact: bool = True,
     ) -> None:
         self.program = program
+        self.exact = exact
         self.finished = False
         self.leaves = leaves
         self._calls = calls
@@ -90,7 +95,7 @@ class Run:
         self._values.update(tangents)
         self.finished = True
         try:
-            self._watch.anchor(self._middle)
+            self._watch.anchor(self._middle, 0 if self.exact else self._spare_nbytes())
             self._run(range(self._middle, self._end))
         except BaseException:
             if self._stepper is not None:
@@ -100,6 +105,13 @@ class Run:
             self._let_go()
         if self._stepper is not None:
             self._stepper.finish()
+
+    def _spare_nbytes(self) -> int:
+        """Bytes that the program counts for the values that are live now, and that these do not have."""
+        program = self.program
+        own = {value: tensor for value, tensor in self._values.items() if program.storage_of[value] >= 0}
+        planned = sum(program.storage_nbytes[storage] for storage in {program.storage_of[value] for value in own})
+        return planned - storage_nbytes(own.values())
 
     def _run(self, numbers: range) -> None:
         for number in numbers:

@@ -40,8 +40,11 @@ class MemoryPromiseError(RuntimeError):
 class Watch:
     """What those who run a program report to. This one watches nothing."""
 
-    def anchor(self, number: int) -> None:
-        """Instruction `number` comes next, after code that no plan knows; see NOTE [what is compared]."""
+    def anchor(self, number: int, spare_nbytes: int = 0) -> None:
+        """Instruction `number` comes next, after code that no plan knows; see NOTE [what is compared].
+
+        `spare_nbytes` are counted by the plan for values that are smaller.
+        """
 
     def begin_update(self, instructions: Sequence[Instruction]) -> None:
         """These follow, in an `optimizer.step()` of HELD gradients: those of the program, as far as they are about its chunks."""
@@ -99,11 +102,11 @@ class _Watching(Watch):
         self._first = 0
         self._broken: MemoryPromiseError | None = None
 
-    def anchor(self, number: int) -> None:
+    def anchor(self, number: int, spare_nbytes: int = 0) -> None:
         """See `Watch.anchor`."""
         fetched = {chunk for step in self._program.instructions[:number] if step.op is Op.FETCH for chunk in step.chunks}
         absent_nbytes = self._absent_nbytes + sum(nbytes for chunk, nbytes in self._unmade.items() if chunk in fetched)
-        self._live_nbytes = self._moments[number].before_nbytes - absent_nbytes
+        self._live_nbytes = self._moments[number].before_nbytes - absent_nbytes - spare_nbytes
         self._others_nbytes = self._gauge.read().live_nbytes - self._live_nbytes
 
     def begin_update(self, instructions: Sequence[Instruction]) -> None:

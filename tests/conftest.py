@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from chunkft_compile.capture import Capture, capture
+from chunkft_compile.capture import Capture, capture, capture_symbolic
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.runtime.allocators import install
 from chunkft_compile.runtime.native import BuildError
 from chunkft_compile.segments import Segment
+from chunkft_compile.sizes import Symbols
+from chunkft_compile.twins import Twin
 from tests.support.allocator import Allocator, allocator_or_skip
 
 
@@ -30,24 +32,47 @@ class Workshop:
         self._costs = {self.costs.device: self.costs}
         self.captured = 0
         self._captures: dict[str, Capture] = {}
+        self._symbolic: dict[str, tuple[Capture, Symbols]] = {}
         self._lowerings: dict[int, Lowering] = {}
+        self._twins: dict[int, Twin] = {}
 
     def capture(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
         """As `capture.capture`."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        trained = [(parameter.requires_grad, parameter.dtype, parameter.device) for parameter in model.parameters()]
-        modes = [module.training for module in model.modules()]
-        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        key = repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
+        key = _key(model, args, kwargs, loss_only=loss_only)
         if key not in self._captures:
             self.captured += 1
             self._captures[key] = capture(model, args, kwargs, loss_only=loss_only)
         return self._captures[key]
 
+    def capture_symbolic(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        named: Sequence[Sequence[object]],
+        like: fx.Graph,
+        *,
+        loss_only: bool = True,
+    ) -> tuple[Capture, Symbols]:
+        """As `capture.capture_symbolic`, which keeps the model: one on another device than the CPU is to be freed."""
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            return capture_symbolic(model, args, kwargs, named, like, loss_only=loss_only)
+        key = f"{_key(model, args, kwargs, loss_only=loss_only)} {named}"
+        if key not in self._symbolic:
+            self._symbolic[key] = capture_symbolic(model, args, kwargs, named, like, loss_only=loss_only)
+        return self._symbolic[key]
+
     def lower(self, found: Capture, segments: Sequence[Segment]) -> Lowering:
         """As `Lowering`."""
         return self._lowerings.setdefault(id(found), Lowering(found, segments))
+
+    def twin(self, found: Capture, symbols: Symbols) -> Twin:
+        """As `Twin`."""
+        if all(found is not kept for kept, _ in self._symbolic.values()):
+            return Twin(found, symbols)
+        if id(found) not in self._twins:  # a twin adds symbols of its own
+            self._twins[id(found)] = Twin(found, symbols)
+        return self._twins[id(found)]
 
     def measured(self, device: torch.device) -> OperatorCosts:
         """As `OperatorCosts`."""
@@ -56,8 +81,20 @@ class Workshop:
     def open(self, patch: pytest.MonkeyPatch) -> None:
         """From now on compiling goes through here."""
         patch.setattr("chunkft_compile.session.capture", self.capture)
+        patch.setattr("chunkft_compile.session.capture_symbolic", self.capture_symbolic)
+        patch.setattr("chunkft_compile.signatures.Twin", self.twin)
         patch.setattr("chunkft_compile.session.OperatorCosts", self.measured)
         patch.setattr("chunkft_compile.compiled.Lowering", self.lower)
+
+
+def _key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool) -> str:
+    """What a capture depends on."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    trained = [(parameter.requires_grad, parameter.dtype, parameter.device) for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return repr((model, getattr(model, "config", None), trained, modes, shapes, spec, loss_only, autocast))
 
 
 @pytest.fixture(scope="session", autouse=True)

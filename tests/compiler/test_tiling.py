@@ -11,7 +11,7 @@ from torch.nn import functional
 from chunkft_compile.capture import capture
 from chunkft_compile.lowering import OPTIONS, Lowering
 from chunkft_compile.segments import cut, is_forward
-from chunkft_compile.tiling import Region, UntiledError, find_region, tile_ranges
+from chunkft_compile.tiling import Region, UntiledError, find_region, fit_tiles, tile_ranges
 from tests import models
 from tests.compiler.joint import captured, demands, lowered
 
@@ -161,3 +161,18 @@ def test_ranges_cover_all_tokens_once() -> None:
             covered = [token for start, length in tile_ranges(tokens, count) for token in range(start, start + length)]
             assert covered == list(range(tokens))
             assert len(list(tile_ranges(tokens, count))) <= count
+
+
+@pytest.mark.parametrize(("longest", "most"), [(16, 2), (16, 32), (19, 4), (64, 8), (10, 8)])
+def test_tiles_for_fewer_tokens_are_no_longer_and_no_more(longest: int, most: int) -> None:
+    refused = 0
+    for tokens in range(4, longest * most + 1):
+        found = fit_tiles(tokens, longest, most)
+        if found is None:
+            refused += 1
+            continue
+        assert (found.count - 1) * found.length + found.rest == tokens
+        assert 1 <= found.count <= most
+        assert 2 <= found.rest <= longest
+        assert found.count == 1 or 2 <= found.length <= longest
+    assert refused <= longest * most // 100

@@ -73,6 +73,20 @@ def test_one_byte_over_the_peak() -> None:
     assert "CHUNKFT_GUARD=0" in told
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_values_smaller_than_planned_are_not_missed_when_they_are_freed(over: int) -> None:
+    """Of 100 bytes that the backward frees there were 30: it may take no more than the program says, less 70."""
+    watch, _ = _watch((1700, 9000), (1730, 1900), (1730, 1730), (1700 + 50 + over, 1880))
+    watch.anchor(0)
+    watch.check(0)
+    watch.anchor(1, 70)
+    if not over:
+        watch.check(1)
+        return
+    with pytest.raises(MemoryPromiseError, match="1051 bytes left live, where the plan promised at most 1050"):
+        watch.check(1)
+
+
 def test_one_byte_left_behind() -> None:
     watch, _ = _watch((1000, 1000), (1101, 1101))
     watch.anchor(0)
