@@ -263,11 +263,11 @@ def test_a_bystanders_optimizer_is_left_alone() -> None:
 
 
 class _Convolution(nn.Module):
-    """Its large weight has no slicing rule."""
+    """Its large weight has no slicing rule: a range of rows may begin inside one group and end in the other."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution = nn.Conv1d(32, 64, 3)
+        self.convolution = nn.Conv1d(64, 64, 3, groups=2)
         self.head = nn.Linear(64, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -278,7 +278,7 @@ class _Convolution(nn.Module):
 def test_a_gradient_without_a_rule_is_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     plain = _Convolution()
-    batch = torch.randn(2, 32, 8)
+    batch = torch.randn(2, 64, 8)
     plain(batch).backward()
     dense = plain.convolution.weight.grad
     assert dense is not None
