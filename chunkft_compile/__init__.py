@@ -2,8 +2,9 @@
 
 from chunkft_compile.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from chunkft_compile.errors import BudgetError, CaptureError, CheckpointError, MemoryPromiseError, PlanMismatch, TrainingError
+from chunkft_compile.examining import examine
 from chunkft_compile.loading import load
-from chunkft_compile.module import ChunkedModule, Progress, compile
+from chunkft_compile.module import ChunkedModule, Progress, compile, last_programs
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,8 @@ __all__ = [
     "Progress",
     "TrainingError",
     "compile",
+    "examine",
+    "last_programs",
     "latest_checkpoint",
     "load",
     "load_checkpoint",

@@ -133,6 +133,14 @@ def _precision(model: nn.Module, given: str | None, plan: Plan | None) -> Precis
     return precision
 
 
+def last_programs(model: "ChunkedModule") -> tuple[str, ...]:
+    """What each step of the sweep runs, for the batch trained or planned last: its instructions, and the codes they call as Python.
+
+    Raises `TrainingError` before there is a plan.
+    """
+    return model._session.programs()
+
+
 def _places(names: Sequence[str] | None) -> tuple[Placement, ...] | None:
     """Places by name, in their own order."""
     if strange := [name for name in names or () if name not in tuple(Placement)]:

@@ -1,50 +1,43 @@
 """The state of one compiled model between calls: captured signatures, the schedule, the position in the sweep."""
 
-import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import format_nbytes
-from chunkft_compile.capture import Capture, capture, capture_symbolic
-from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes, layouts_of, model_nbytes
+from chunkft_compile.compiled import Compiled, Setting, layouts_of, model_nbytes
 from chunkft_compile.costs import OperatorCosts
-from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import BudgetError, TrainingError
-from chunkft_compile.hooks import refuse_hooks
 from chunkft_compile.inductor import Inductor
+from chunkft_compile.making import ModelMaker, check_devices
+from chunkft_compile.optimizing import Optimizing
 from chunkft_compile.planner import Placement, Plan, Problem, Step, Update, smallest_budget
 from chunkft_compile.planner.grounds import settle
 from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
+from chunkft_compile.readable import readable
 from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Call, Stepper
 from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import OptimizerCost
 from chunkft_compile.runtime.precision import Precision, Rounding
-from chunkft_compile.runtime.precision_costs import measure_update
 from chunkft_compile.runtime.stores import Stores, measure_link
 from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
 from chunkft_compile.signatures import Counts, Fit, Signatures
-from chunkft_compile.sizes import Symbols
 from chunkft_compile.solving import Solving, explained_error, forms, given, kept, solve
-from chunkft_compile.tracing import trace_capture, trace_plan, trace_program
-from chunkft_compile.widening import widen_gradients
+from chunkft_compile.tracing import trace_plan, trace_program
 
 logger = logging.getLogger("chunkft_compile")
 
@@ -93,19 +86,27 @@ class Session:
         self.problem: Problem | None = None
         self.stores = Stores(device, options.directory)
         self.keeper = WeightKeeper(model, self.chunks, self.stores, device)
-        self._model_nbytes = model_nbytes(model, device) + self.keeper.nbytes
         self._number = {id(chunk): number for number, chunk in enumerate(self.chunks)}
         self.steps = 0
         self.guard = open_guard(device, [chunk.name for chunk in self.chunks], [*model.parameters(), *model.buffers()])
-        self._anchor = anchor
         self._watch = Watch()
         self._costs = OperatorCosts(device)
-        self.signatures = Signatures(weakref.proxy(self))
+        maker = ModelMaker(
+            model,
+            device,
+            self.chunks,
+            self._costs,
+            _weakly(self, "_get_setting"),
+            nbytes=model_nbytes(model, device) + self.keeper.nbytes,
+            anchor=anchor,
+            precision=options.precision,
+            loss_only=options.loss_only,
+        )
+        self.signatures = Signatures(maker)
         self._plans = 0
         self.inductor = Inductor(device, self._costs.temporary_nbytes) if options.backend == "inductor" else None
         self._traced: weakref.WeakSet[Assembled] = weakref.WeakSet()
         self._setting: Setting | None = None
-        self._known: frozenset[type[Optimizer]] = frozenset()
         self.mover = StateMover(self.stores, device, _weakly(self, "_state_place"), self.keeper)
         self._loaded: Standing | None = None  # of a checkpoint, until the first training call says for which signature
         self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # gradients that were stepped, with their versions
@@ -118,6 +119,7 @@ class Session:
             watch=_weakly(self, "_latest_watch"),
             rounding=self.rounding,
         )
+        self._optimizing = Optimizing(self.chunks, device, options.precision, self._updater, self.mover)
 
     @property
     def planned(self) -> Sweep:
@@ -132,12 +134,12 @@ class Session:
 
     def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Fit:
         """What a batch like this one runs on, see NOTE [sizes that one plan serves]."""
-        self._check_devices(args, kwargs)
+        check_devices(self.device, args, kwargs)
         return self.signatures.fit(args, kwargs, autocast)
 
     def compiled_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Compiled:
         """What is compiled for exactly the sizes of this batch."""
-        self._check_devices(args, kwargs)
+        check_devices(self.device, args, kwargs)
         return self.signatures.exact(args, kwargs, autocast)
 
     def start(self, args: Sequence[Any], kwargs: Mapping[str, Any], autocast: Autocast) -> Start:
@@ -150,47 +152,6 @@ class Session:
             return Start(fit.compiled, step, assembled, calls, exact=fit.twin is None)
         self.signatures.refuse(args, kwargs, autocast)
         return self.start(args, kwargs, autocast)
-
-    @property
-    def modes(self) -> tuple[bool, ...]:
-        """See `signatures.Maker`."""
-        return tuple(module.training for module in self.model.modules())
-
-    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
-        """See `signatures.Maker`."""
-        with self._placed(args, kwargs) as (own_args, own_kwargs):
-            found = self._checked(capture(self.model, own_args, own_kwargs, loss_only=self.options.loss_only))
-        trace_capture(found)
-        return found
-
-    def capture_symbolic(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], named: Sequence[Sequence[object]], like: fx.Graph
-    ) -> tuple[Capture, Symbols]:
-        """See `signatures.Maker`."""
-        with self._placed(args, kwargs) as (own_args, own_kwargs):
-            found, symbols = capture_symbolic(self.model, own_args, own_kwargs, named, like, loss_only=self.options.loss_only)
-        return self._checked(found), symbols
-
-    def compile(self, capture: Capture, batch: Sequence[torch.Tensor], inputs: tuple[str, ...]) -> Compiled:
-        """See `signatures.Maker`."""
-        stand_ins = [chunk.stand_in for chunk in self.chunks if chunk.stand_in is not None]
-        fixed = fixed_nbytes(self._model_nbytes, capture, [self._anchor, *batch, *stand_ins])
-        return Compiled(capture, fixed, self._costs, self._get_setting(), inputs)
-
-    @contextmanager
-    def _placed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
-        """Inside, the model can be captured as if all weights were on the device."""
-        refuse_hooks(self.model)
-        if not is_elsewhere(self.model, self.device):
-            yield args, kwargs
-            return
-        with faked(self.model, self.device, args, kwargs) as batch:
-            yield batch
-
-    def _checked(self, found: Capture) -> Capture:
-        found = widen_gradients(found, self.options.precision)
-        self._check_all_trained(found.gradients)
-        return found
 
     @property
     def counts(self) -> Counts:
@@ -290,8 +251,8 @@ class Session:
                 'model.parameters() before the first training call, or hold the gradients: compile(..., update="held")'
             )
         for optimizer in optimizers:
-            if type(optimizer) not in self._known:
-                self._adopt(optimizer, compiled.setting.optimizer)
+            if not self._optimizing.knows(optimizer):
+                self._optimizing.adopt(optimizer, compiled.setting.optimizer)
         return self._updater.applier(optimizers)
 
     def program(self, compiled: Compiled, step: Step) -> Assembled:
@@ -323,6 +284,14 @@ class Session:
         self._watch = self.guard.watch(program, timeline, title, absent_nbytes, unmade)
         return self._watch
 
+    def programs(self) -> tuple[str, ...]:
+        """What each step of the sweep runs. Raises `TrainingError` before there is a plan."""
+        schedule, compiled = self.planned.schedule, self.latest
+        if compiled is None:
+            raise TrainingError("there is no program yet: call model.plan(**batch), or train one batch")
+        names = [segment.name for segment in compiled.segments]
+        return tuple(readable(self.program(compiled, step), names) for step in schedule.steps)
+
     def dense_parameters(self) -> tuple[str, ...]:
         """Split parameters whose gradient is computed whole because no slicing rule applies."""
         if self.latest is None or self.sweep is None:
@@ -337,15 +306,12 @@ class Session:
     def _get_setting(self) -> Setting:
         """Costs that do not depend on the batch, measured once the user's optimizers can be found."""
         if self._setting is None:
-            found = self._updater.check_coverage()
-            cost = self._measure(found, self.chunks)
-            self.mover.keep(cost.tables)
+            cost = self._optimizing.planned()
             links = tuple(measure_link(self.device, self.options.directory, place) for place in self._places())
             chosen = self.options
             self._setting = Setting(
                 chosen.budget_nbytes, self.chunks, cost, links, chosen.updates, self.device.type, precision=chosen.precision
             )
-            self._known = frozenset(type(optimizer) for optimizer in found)
         return self._setting
 
     def _places(self) -> list[Placement]:
@@ -355,16 +321,6 @@ class Session:
         if plan is not None:
             asked |= {*plan.schedule.places.state, *plan.schedule.places.weights}
         return [place for place in self.stores.placements if place in asked or place is self.stores.placements[0]]
-
-    def _measure(self, optimizers: Sequence[Optimizer], chunks: Sequence[Chunk]) -> OptimizerCost:
-        """What stepping `chunks` costs with the dearest of `optimizers`, or with AdamW where there is none yet."""
-        if not optimizers:
-            return measure_update(None, layouts_of(chunks), self.device, self.options.precision)
-        params = [{self.chunks[number].param for number in self._updater.chunks_of(optimizer)} for optimizer in optimizers]
-        mine = [layouts_of([chunk for chunk in chunks if chunk.param in names]) for names in params]
-        precision = self.options.precision
-        costs = [measure_update(one, layouts, self.device, precision) for one, layouts in zip(optimizers, mine, strict=True)]
-        return functools.reduce(OptimizerCost.at_least, costs)
 
     def _take_up(self, compiled: Compiled) -> None:
         """Go on from a loaded checkpoint, now that there is a signature."""
@@ -427,7 +383,7 @@ class Session:
             if set(layouts_of(chunks)) == set(layouts_of(setting.chunks)):
                 return explained_error(compiled, problem, self.model)
             tried.add(budget)
-            setting = replace(setting, chunks=chunks, optimizer=self._measure(self._updater.check_coverage(), chunks))
+            setting = replace(setting, chunks=chunks, optimizer=self._optimizing.of_chunks(chunks))
             compiled = compiled.under(setting)
             problem = forms(compiled, solving, accumulating=self.accumulating)[-1]
             needed = smallest_budget(problem)[0]
@@ -475,25 +431,11 @@ class Session:
                 "the gradients are those of a checkpoint made right before optimizer.step(), and there is no batch yet to know the plan "
                 "by; call model.plan(**batch) first"
             )
-        if type(optimizer) not in self._known:
+        if not self._optimizing.knows(optimizer):
             self._updater.check_coverage()
-            self._adopt(optimizer, compiled.setting.optimizer)
+            self._optimizing.adopt(optimizer, compiled.setting.optimizer)
         self.watch(compiled, self.planned.current)
         return self.program(compiled, self.planned.current).program.instructions
-
-    def _adopt(self, optimizer: Optimizer, assumed: OptimizerCost) -> None:
-        """An optimizer built after the plan: hold its step to what was planned, before anything is changed."""
-        cost = self._measure([optimizer], self.chunks)
-        self.mover.keep(cost.tables)
-        more = max(cost.together_nbytes(layout) - assumed.together_nbytes(layout) for layout in cost.of_layout)
-        more = max(more, *(cost.alone_nbytes(layout) - assumed.alone_nbytes(layout) for layout in cost.of_layout))
-        more += cost.table_nbytes - assumed.table_nbytes
-        if more > 0:
-            raise TrainingError(
-                f"the plan assumed {assumed.name}, and {cost.name} needs up to {format_nbytes(more)} more for a chunk; "
-                f"build the optimizer before the first training call, or before model.plan()"
-            )
-        self._known |= {type(optimizer)}
 
     def _state_place(self, chunk: Chunk) -> Placement:
         """Where the state of a chunk is sent: to its place, or out of the way if it should be on the device."""
@@ -516,22 +458,6 @@ class Session:
             self.guard.log.finish()
             for number in before - set(self.planned.current.chunks):
                 self.chunks[number].leaf.grad = None
-
-    def _check_all_trained(self, gradients: Mapping[str, fx.Node]) -> None:
-        missing = sorted({chunk.param for chunk in self.chunks} - set(gradients))
-        if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise TrainingError(
-                f"no step would ever train {shown}: the outputs do not depend on it; freeze it before compile() with requires_grad_(False)"
-            )
-
-    def _check_devices(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
-            if isinstance(leaf, torch.Tensor) and leaf.device != self.device:
-                raise ValueError(
-                    f"an input of shape {tuple(leaf.shape)} is on {leaf.device}, the model is on {self.device}; "
-                    f"move it: batch.to({str(self.device)!r})"
-                )
 
 
 def _weakly(session: Session, method: str) -> Callable[..., Any]:

@@ -4,9 +4,7 @@ Nothing is written, or even made, unless structured tracing is on. Logs need not
 package's loggers as it would those of any module.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
 
 from torch import fx, nn
 from torch._logging._internal import trace_structured  # Private (2.13.0): the only way into the trace
@@ -14,6 +12,7 @@ from torch._logging._internal import trace_structured  # Private (2.13.0): the o
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.capture import Capture
 from chunkft_compile.planner import Plan, to_json
+from chunkft_compile.readable import readable
 
 
 def trace_capture(found: Capture) -> None:
@@ -36,18 +35,7 @@ def trace_plan(plan: Callable[[], Plan]) -> None:
 def trace_program(assembled: Assembled, segments: Sequence[str]) -> None:
     """The instructions of a step, one a line, and the codes that they call."""
 
-    def text() -> str:
-        program = assembled.program
-        defaults = {field.name: field.default for field in fields(program.instructions[0])}
-        lines = []
-        for number, instruction in enumerate(program.instructions):
-            said = {key: value for key, value in asdict(instruction).items() if value != defaults[key] and key not in ("op", "segment")}
-            where = f" of {segments[instruction.segment]}" if instruction.segment >= 0 else ""
-            lines.append(f"{number} {instruction.op.name}{where} {json.dumps(said)}")
-        codes = [f"code {number}:\n{code.module.code.strip()}" for number, code in enumerate(assembled.codes)]
-        return "\n".join([*lines, "", *codes])
-
-    _trace("chunkft_program", "string", text)
+    _trace("chunkft_program", "string", lambda: readable(assembled, segments))
 
 
 def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:

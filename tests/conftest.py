@@ -80,8 +80,8 @@ class Workshop:
 
     def open(self, patch: pytest.MonkeyPatch) -> None:
         """From now on compiling goes through here."""
-        patch.setattr("chunkft_compile.session.capture", self.capture)
-        patch.setattr("chunkft_compile.session.capture_symbolic", self.capture_symbolic)
+        patch.setattr("chunkft_compile.making.capture", self.capture)
+        patch.setattr("chunkft_compile.making.capture_symbolic", self.capture_symbolic)
         patch.setattr("chunkft_compile.signatures.Twin", self.twin)
         patch.setattr("chunkft_compile.session.OperatorCosts", self.measured)
         patch.setattr("chunkft_compile.compiled.Lowering", self.lower)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from chunkft_compile import ChunkedModule
+from chunkft_compile import ChunkedModule, last_programs
 from chunkft_compile.errors import TrainingError
 from tests.conftest import Workshop
 from tests.invariants.harness import compile_quickly, slice_of, smallest_nbytes
@@ -295,3 +295,20 @@ def test_a_gradient_without_a_rule_is_whole_and_named(caplog: pytest.LogCaptureF
     for chunk in active:
         torch.testing.assert_close(chunk.leaf.grad, dense[chunk.start : chunk.stop], rtol=1e-4, atol=1e-6)
     optimizer.step()
+
+
+def test_programs_can_be_read() -> None:
+    model = compile_quickly(_Convolution(), 200_000)
+    with pytest.raises(TrainingError, match=r"there is no plan yet: call model\.plan"):
+        last_programs(model)
+    schedule = model.plan(torch.randn(2, 64, 8))
+    programs = last_programs(model)
+    assert len(programs) == len(schedule.steps)
+    for program in programs:
+        first, *rest = program.splitlines()
+        assert first.startswith("0 FORWARD of ")
+        assert any(line.split()[1:2] == ["BACKWARD"] for line in rest)
+        codes = program[program.index("code 0:") :].split("code ")[1:]
+        for code in codes:  # it is Python
+            compile(code.partition(":\n")[2], "code", "exec")
+        assert "torch.ops.aten.convolution_backward.default" in program or "head" in first
