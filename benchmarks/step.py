@@ -96,7 +96,7 @@ def measure(entry: Entry, least_steps: int) -> Row | Refusal:
 
 def with_flops(rows: list[Row]) -> list[Row]:
     """Compiled code hides its operators from the counter: it does the work of the same program uncompiled."""
-    known = {(row.entry.budget_nbytes > 0): row.flops for row in rows if row.entry.name == PLAIN or row.entry.name.startswith(f"{OURS}, ")}
+    known = {row.entry.budget_nbytes > 0: row.flops for row in rows if row.entry.name == PLAIN or (row.entry.budget_nbytes and row.flops)}
     return [replace(row, flops=known.get(row.entry.budget_nbytes > 0, 0)) if row.entry.hides_operators else row for row in rows]
 
 

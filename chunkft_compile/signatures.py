@@ -26,7 +26,7 @@ from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.runtime.engine import Call
 from chunkft_compile.segments import cut
-from chunkft_compile.sizes import Sizes, Symbols
+from chunkft_compile.sizes import TILE, Sizes, Symbols
 from chunkft_compile.solving import describe_inputs
 from chunkft_compile.twins import Twin, is_same_graph
 
@@ -316,14 +316,16 @@ def _usual(named: Sequence[Sequence[Any]]) -> dict[object, int]:
 def _unlike(named: Sequence[Sequence[Any]], taken: set[int]) -> dict[object, int]:
     """For every name a size that is no other size of the model: what tracing decides by it then holds for many.
 
-    Rows of a batch may be more than there were; other dimensions may have a limit, so theirs are smaller if possible.
+    Rows of a batch may be more than there were; other dimensions may have a limit, so theirs are smaller if possible. Where rows are
+    no symbol, there may be as many tokens only as the length says, and tiles must have fewer.
     """
     found: dict[object, int] = {}
     inner = {name for names in named for name in names[1:]}
+    above = 4 if any(names and names[0] is not None for names in named) else TILE
     for name in dict.fromkeys(name for names in named for name in names if name is not None):
         least = _LEAST_LEADING if name not in inner else max(name) + 1
-        below = range(max(name), 4, -1) if name in inner else range(0)
-        candidates = (size for sizes in (below, range(least, least + 10_000)) for size in sizes)
+        below = range(max(name), above, -1) if name in inner else range(0)
+        candidates = (size for sizes in (below, range(max(least, above + 1), least + 10_000)) for size in sizes)
         found[name] = next(size for size in candidates if _is_prime(size) and size not in taken and size not in found.values())
     return found
 

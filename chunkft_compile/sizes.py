@@ -27,7 +27,7 @@ Expression: TypeAlias = Any
 """A sympy expression."""
 _SIZE = "chunkft_size"
 """Key in the meta of an input of a code: the expression it holds at run time."""
-_TILE, _REST = 13, 11
+TILE, _REST = 13, 11
 """Tokens of a tile and of the last tile where codes are lowered: no sizes that models have, and fewer than all tokens."""
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMBERS = (*_SYMBOLIC, int, float)
@@ -99,7 +99,7 @@ class SymbolicTiles:
     """
 
     def __init__(self, environment: ShapeEnv) -> None:
-        self._tile, self._rest = (_new_symbol(environment, name, hint) for name, hint in (("tile", _TILE), ("rest", _REST)))
+        self._tile, self._rest = (_new_symbol(environment, name, hint) for name, hint in (("tile", TILE), ("rest", _REST)))
 
     @property
     def symbols(self) -> tuple[sympy.Symbol, ...]:

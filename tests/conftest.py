@@ -21,6 +21,12 @@ from chunkft_compile.twins import Twin
 from tests.support.allocator import Allocator, allocator_or_skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -k zoo` runs all of the zoo, slow models too."""
+    if config.option.keyword == "zoo" and config.option.markexpr == "not slow":
+        config.option.markexpr = ""
+
+
 class Workshop:
     """Stands where the compiler captures, lowers and measures, and does each only once per model structure and batch shape.
 

@@ -67,12 +67,11 @@ def attempt(entry: Entry, hook: Allocator | None) -> Outcome:
 
 
 def _attempt(entry: Entry, hook: Allocator | None) -> Outcome:
+    dense = _dense_gradients(entry, entry.inputs())
+    budget_nbytes = round(LEEWAY * _smallest_nbytes(entry, entry.inputs()))
     gc.collect()
-    others_nbytes = hook.live() if hook else 0
-    batch = entry.inputs()
-    dense = _dense_gradients(entry, batch)
-    budget_nbytes = round(LEEWAY * _smallest_nbytes(entry, batch))
-    plain = entry.model()
+    others_nbytes = hook.live() if hook else 0  # dense gradients, and what captures keep that tests share
+    plain, batch = entry.model(), entry.inputs()
     model = chunkft_compile.compile(plain, budget=budget_nbytes, solve_seconds=1.0)
     optimizer = AdamW(model.parameters(), lr=0.0)
     model.plan(**batch)
@@ -104,7 +103,6 @@ def _attempt(entry: Entry, hook: Allocator | None) -> Outcome:
     missed = {
         name for name, value in before.items() if name in dense and sorted(rows[name]) != list(range(len(value) if value.dim() else 1))
     }
-    del dense
     optimizer.param_groups[0]["lr"] = 1e-3
     gc.collect()
     peaks = []

@@ -9,13 +9,15 @@ from benchmarks.zoo.trial import attempt
 from tests.support.allocator import allocator_or_skip
 
 QUICK = {"MLP", "Mixtral", "ViT"}
-"""One of each sort is in the default run; all of them: `pytest -k zoo -m ''`."""
+"""One of each sort is in the default run; all of them: `pytest -k zoo`."""
 
 REFUSED: dict[str, str] = {}
 """Entries that cannot be trained in chunks, and a part of what they are told."""
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*changes Python state:UserWarning")  # RecurrentGemma's cache, which training does not use
 @pytest.mark.usefixtures("captures_once")
 @pytest.mark.parametrize("entry", [pytest.param(e, id=e.name, marks=() if e.name in QUICK else pytest.mark.slow) for e in ZOO])
 def test_it_trains(entry: Entry) -> None:
