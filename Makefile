@@ -61,6 +61,9 @@ bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores
 	$(BIN)/python -m benchmarks.truth
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --dtype bf16 --budget 480MB
+	$(BIN)/python -m benchmarks.split
+	$(BIN)/python -m benchmarks.zoo --write docs/models.md
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.cap
 	$(BIN)/python -m benchmarks.precision
