@@ -36,6 +36,7 @@ run while its neighbour of the same kind computes.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 
 class Role(StrEnum):
@@ -311,6 +312,10 @@ class BudgetError(ValueError):
         super().__init__(message)
         self.smallest_nbytes = smallest_nbytes
         self.binding = binding
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Between processes the keywords must come along, or reading the error is an error that breaks a pool."""
+        return partial(type(self), smallest_nbytes=self.smallest_nbytes, binding=self.binding), self.args
 
 
 class StepsError(BudgetError):

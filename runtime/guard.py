@@ -11,6 +11,7 @@ cannot be told apart, and counts.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -35,6 +36,10 @@ class MemoryPromiseError(RuntimeError):
         super().__init__(message)
         self.measured_nbytes = measured_nbytes
         self.promised_nbytes = promised_nbytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As `BudgetError` does between processes."""
+        return partial(type(self), measured_nbytes=self.measured_nbytes, promised_nbytes=self.promised_nbytes), self.args
 
 
 class Watch:
