@@ -1,10 +1,12 @@
 """The benchmark model: an untied Llama with random weights, 134M parameters in 12 layers, and its batch."""
 
+import argparse
+
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Batch
+from benchmarks.common import UPDATES, Batch
 
 HIDDEN, WIDE, VOCABULARY, ROWS, TOKENS = 768, 2048, 32000, 2, 256
 
@@ -40,6 +42,14 @@ def build_batch() -> Batch:
     """Random tokens, to be predicted from those before them: [ROWS, TOKENS]."""
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
     return {"input_ids": ids, "labels": ids}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The size of the model, its dtype, and how ours trains it."""
+    parser.add_argument("--budget", default="880MB", help="budget of the compiled model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (default: %(default)s)")
+    parser.add_argument("--update", choices=UPDATES, default="held", help="when gradients are applied (default: %(default)s)")
 
 
 def describe(layers: int, dtype: str = "fp32") -> str:

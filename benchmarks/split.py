@@ -21,9 +21,9 @@ import torch
 from tabulate import tabulate
 from torch.optim import adam as functional
 
-from benchmarks.common import UPDATES, circumstances, run_alone
+from benchmarks.common import circumstances, run_alone
 from benchmarks.contestants import Ours
-from benchmarks.llama import DTYPES, build_batch, describe
+from benchmarks.llama import add_options, build_batch, describe
 from chunkft_compile.budget import parse_budget
 from chunkft_compile.planner.program import Op
 from chunkft_compile.runtime.engine import Run
@@ -89,10 +89,7 @@ def split(layers: int, dtype: str, budget_nbytes: int, update: str, backend: str
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", default="880MB", help="budget of the compiled model (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (default: %(default)s)")
-    parser.add_argument("--update", choices=UPDATES, default="held", help="when gradients are applied (default: %(default)s)")
+    add_options(parser)
     parser.add_argument("--backend", choices=("eager", "inductor"), default="eager", help="what runs the codes (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=0.03, help="the largest share that the rest may have (default: %(default)s)")
     options = parser.parse_args()

@@ -23,9 +23,9 @@ from statistics import fmean
 import torch
 from tabulate import tabulate
 
-from benchmarks.common import UPDATES, circumstances, mb, run_alone
+from benchmarks.common import circumstances, mb, run_alone
 from benchmarks.contestants import CHECKPOINTING, COMPILED, HIFT, LORA, PLAIN
-from benchmarks.llama import DTYPES, ROWS, TOKENS, describe
+from benchmarks.llama import ROWS, TOKENS, add_options, describe
 from benchmarks.trials import Entry, Peak, Refusal, Times, measure_peak, measure_times
 from chunkft_compile.budget import parse_budget
 
@@ -103,10 +103,7 @@ def with_flops(rows: list[Row]) -> list[Row]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", default="880MB", help="budget of the compiled model (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (default: %(default)s)")
-    parser.add_argument("--update", choices=UPDATES, default="held", help="when gradients are applied (default: %(default)s)")
+    add_options(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="some of: " + "; ".join(METHODS))
     parser.add_argument("--steps", type=int, default=3, help="least number of steps that are timed (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

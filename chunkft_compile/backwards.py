@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from chunkft_compile.codes import SERVES, Code, Demand, Read, boxed_module, emit, fake_call
+from chunkft_compile.codes import SERVES, Code, Demand, Read, boxed_module, emit
+from chunkft_compile.fakes import fake_value
 from chunkft_compile.recomputing import inputs_of, inside_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
 from chunkft_compile.sizes import take_sizes
@@ -203,7 +204,7 @@ class Backward:
             return torch.empty((*value.shape[:dim], length, *value.shape[dim + 1 :]), dtype=value.dtype, device=value.device)
 
     def _fake(self, node: fx.Node) -> Any:
-        return fake_call(node, self.capture)
+        return fake_value(node, self.capture.fake_mode)
 
     def _result(self, i: int, node: fx.Node, results: dict[int, fx.Node], dense: list[int]) -> fx.Node:
         """The value of demand `i`; a gradient gets a storage of its own, for the optimizer writes near it and keeps it."""

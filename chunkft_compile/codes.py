@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from chunkft_compile.capture import Capture
+from chunkft_compile.fakes import fake_value
 from chunkft_compile.liveness import Footprint
 from chunkft_compile.sizes import Expression
 
@@ -67,14 +68,8 @@ class Code:
 def emit(graph: fx.Graph, capture: Capture, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new call with its fake value."""
     node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = fake_call(node, capture)
+    node.meta["val"] = fake_value(node, capture.fake_mode)
     return node
-
-
-def fake_call(node: fx.Node, capture: Capture) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    with capture.fake_mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def boxed_module(graph: fx.Graph) -> fx.GraphModule:

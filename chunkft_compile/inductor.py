@@ -23,7 +23,6 @@ from chunkft_compile.budget import format_nbytes
 from chunkft_compile.codes import Code
 from chunkft_compile.liveness import storages
 from chunkft_compile.planner.program import Op, Program
-from chunkft_compile.runtime.chunks import allocated_nbytes
 from chunkft_compile.runtime.engine import Call
 from chunkft_compile.runtime.meter import PeakMeter
 
@@ -213,7 +212,7 @@ def _measure(code: Code, call: Call, freed: frozenset[int], device: torch.device
     """Bytes of a call above its inputs, of which it holds the last references to the groups `freed`."""
     with PeakMeter(device) as meter:  # inputs are made inside: on a CPU it does not see the end of what is older
         arguments = _make_up(code)
-        inputs_nbytes = sum({t.untyped_storage()._cdata: allocated_nbytes(t) for t in arguments if isinstance(t, torch.Tensor)}.values())
+        inputs_nbytes = sum(storages(arguments).values())
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         kept = [tensor for tensor, group in zip(tensors, code.footprint.inputs, strict=True) if group not in freed]
         del tensors

@@ -16,6 +16,7 @@ from chunkft_compile.assembly import Assembled
 from chunkft_compile.capture import Capture
 from chunkft_compile.codes import Code
 from chunkft_compile.errors import CaptureError
+from chunkft_compile.fakes import fake_value
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.passes.mixed_norms import correct_statistics
 from chunkft_compile.planner.program import Op
@@ -80,9 +81,7 @@ class Twin:
     def _value(self, node: fx.Node, new: fx.Node, sizes: Sizes) -> Any:
         value: Any = node.meta.get("val")
         if node.op == "call_function":
-            args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda source: source.meta["val"])
-            with self.capture.fake_mode, torch.no_grad():
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+            return fake_value(new, self.capture.fake_mode)
         if is_symbolic(value):
             with self.capture.fake_mode:
                 return torch.empty_strided(sizes.shape(value), sizes.stride(value), dtype=value.dtype, device=value.device)

@@ -152,3 +152,21 @@ def allocator() -> Iterator[Allocator]:
     hook.reset()
     yield hook
     hook.cap(None)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before counts, and a recompilation is an error unless a test allows it."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+WITH_DYNAMO = [
+    pytest.mark.usefixtures("captures_once", "fresh_dynamo"),
+    # torch's own (2.13.0): when Dynamo imports its distributions, and when it looks at an input or a loss (hidden elsewhere)
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+"""For tests of what `torch.compile` makes of compiled models."""

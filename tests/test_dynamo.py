@@ -1,7 +1,7 @@
 """The backend of `torch.compile`: the same training as with `chunkft_compile.compile`, by optimizers over the user's own parameters."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,31 +15,22 @@ from torch.optim import SGD, AdamW, Optimizer
 from chunkft_compile import ChunkedModule, TrainingError
 from chunkft_compile.dynamo import chunked_of, chunkft
 from chunkft_compile.runtime.adopting import ChunkedGradient
-from tests.conftest import Workshop
+from tests.conftest import WITH_DYNAMO, Workshop
 from tests.invariants.harness import Trained, compile_quickly, slice_of, smallest_nbytes
 from tests.models import CASES, PLAIN, Case, Mlp, compute_loss, token_batch, vector_batch
 
-pytestmark = [
-    pytest.mark.usefixtures("captures_once", "_fresh_dynamo"),
-    # torch's own (2.13.0): when Dynamo imports its distributions, and when it looks at an input (hidden where warnings are no errors)
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = WITH_DYNAMO
 
 PLENTY = 10**8
 LLAMA = CASES[0]
 MLP = PLAIN[0]
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before counts, and a recompilation is an error unless a test allows it."""
-    if "chunkft" not in list_backends(()):  # where it is installed, its entry point is enough
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    """Where the package is installed, its entry point is enough."""
+    if "chunkft" not in list_backends(()):
         register_backend(chunkft)  # type: ignore[arg-type]
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
 
 
 def _compiled(model: nn.Module | Callable[..., Any], budget: int, **options: Any) -> Any:

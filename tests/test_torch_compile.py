@@ -1,6 +1,6 @@
 """`torch.compile` before and around a chunked model: one changes nothing, the other runs it as it is and never compiles anew."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -11,31 +11,17 @@ from torch.optim import AdamW, Optimizer
 
 from chunkft_compile import ChunkedModule
 from chunkft_compile.capture import capture
-from tests.conftest import Workshop
+from tests.conftest import WITH_DYNAMO, Workshop
 from tests.invariants.harness import compile_quickly, smallest_nbytes
 from tests.models import CASES, PLAIN, Batch, compute_loss, sequential, vector_batch
 
-pytestmark = [
-    pytest.mark.usefixtures("captures_once", "_fresh_dynamo"),
-    # torch's own (2.13.0): when Dynamo imports its distributions, and when it looks at a loss (which it hides where warnings are no errors)
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = WITH_DYNAMO
 
 PLENTY = 10**8
 LLAMA = CASES[0]
 MLP = PLAIN[0]
 
 Step = Callable[[Batch], torch.Tensor]
-
-
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before counts, and a recompilation is an error unless a test allows it."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
 
 
 @dataclass

@@ -41,11 +41,10 @@ class Entry:
         """The model in training mode, the same weights every time."""
         torch.manual_seed(0)
         model = self.build().train()
-        for module in model.modules():
-            # Every row must get a gradient, so that a sweep can be seen to change it; initial zeros (LoRA-like, DiT) hide some.
-            for parameter in module.parameters(recurse=False):
-                if not parameter.detach().any():
-                    nn.init.normal_(parameter, std=0.02)
+        for parameter in model.parameters():
+            # Every row must get a gradient, so that a sweep can be seen to change it; initial zeros (adapters) hide some.
+            if not parameter.detach().any():
+                nn.init.normal_(parameter, std=0.02)
         return model
 
     def inputs(self) -> Batch:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 import chunkft_compile
 from benchmarks.common import Batch
 from benchmarks.zoo.entries import Entry
+from chunkft_compile.compiled import model_nbytes
 from chunkft_compile.errors import BudgetError, CaptureError, TrainingError
 from chunkft_compile.runtime.allocators import Allocator
 
@@ -106,7 +107,7 @@ def _attempt(entry: Entry, hook: Allocator | None) -> Outcome:
     optimizer.param_groups[0]["lr"] = 1e-3
     gc.collect()
     peaks = []
-    extra = sum(value.numel() * value.element_size() for value in before.values())
+    extra = sum(value.nbytes for value in before.values())
     while model.progress.sweep == 1:
         predicted_nbytes = model.progress.predicted_nbytes
         measured_nbytes = _train(entry, model, optimizer, batch, hook)
@@ -150,7 +151,7 @@ def _dense_gradients(entry: Entry, batch: Batch) -> dict[str, torch.Tensor]:
 def _smallest_nbytes(entry: Entry, batch: Batch) -> int:
     """The smallest budget that a schedule fits."""
     model = entry.model()
-    weights_nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    weights_nbytes = model_nbytes(model)
     try:
         chunkft_compile.compile(model, budget=weights_nbytes, weights=["device"], solve_seconds=1.0).plan(**batch)
     except BudgetError as error:

@@ -7,6 +7,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from chunkft_compile.fakes import fake_value
+from chunkft_compile.liveness import storages
+
 
 class Rewriter:
     """Emits calls into `graph` in the place of `node`, with its metadata and fake values of their own."""
@@ -30,13 +33,6 @@ class Rewriter:
         self.graph.erase_node(self.node)
 
 
-def fake_value(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
-    """The result of a call on the fake values of its arguments."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    with fake_mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 def refresh(changed: fx.Node, fake_mode: FakeTensorMode) -> None:
     """Fake values behind a node whose layout or storage is another one now: of its views, and of what takes its layout from it."""
     todo, seen = list(changed.users), set[fx.Node]()
@@ -53,8 +49,8 @@ def refresh(changed: fx.Node, fake_mode: FakeTensorMode) -> None:
 
 def _shares(node: fx.Node) -> bool:
     """Whether a result lies in the storage of an argument."""
-    inside = {_storage(value) for source in node.all_input_nodes for value in _tensors(source.meta.get("val"))}
-    return any(_storage(value) in inside for value in _tensors(node.meta["val"]))
+    inside = {storage for source in node.all_input_nodes for storage in storages(source.meta.get("val"))}
+    return not inside.isdisjoint(storages(node.meta["val"]))
 
 
 def _alike(old: Any, new: Any) -> bool:
@@ -64,7 +60,3 @@ def _alike(old: Any, new: Any) -> bool:
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

@@ -22,12 +22,7 @@ def _layer_norm(s: Slicer, call: fx.Node, index: int, rows: Rows) -> fx.Node | N
     if len(normalized) != 1 or rows.dim != 0:
         return None
     last = len(shape_of(source)) - 1
-    leading = list(range(last))
-    out = s.narrow(s.read(grad), rows.along(last))
-    if index == 1:
-        centred = s.emit(aten.sub.Tensor, s.narrow(s.read(source), rows.along(last)), s.read(mean))
-        out = s.emit(aten.mul.Tensor, s.emit(aten.mul.Tensor, centred, s.read(rstd)), out)
-    return s.emit(aten.sum.dim_IntList, out, leading) if leading else out
+    return _affine(s, grad, source, rows.along(last), None if index == 2 else (s.read(mean), s.read(rstd)))
 
 
 def _group_norm(s: Slicer, call: fx.Node, index: int, rows: Rows) -> fx.Node | None:
@@ -40,7 +35,7 @@ def _group_norm(s: Slicer, call: fx.Node, index: int, rows: Rows) -> fx.Node | N
         cut = s.narrow(s.emit(aten.reshape.default, spread, [batch, channels]), rows.along(1))
         return s.emit(aten.reshape.default, cut, [batch, rows.length, *([1] * (len(shape_of(source)) - 2))])
 
-    return _channels(s, grad, source, rows, None if index == 2 else (of_channel(mean), of_channel(rstd)))
+    return _affine(s, grad, source, rows.along(1), None if index == 2 else (of_channel(mean), of_channel(rstd)))
 
 
 def _batch_norm(s: Slicer, call: fx.Node, index: int, rows: Rows) -> fx.Node | None:
@@ -52,17 +47,18 @@ def _batch_norm(s: Slicer, call: fx.Node, index: int, rows: Rows) -> fx.Node | N
     def of_channel(value: fx.Node) -> fx.Node:
         return s.emit(aten.reshape.default, s.narrow(s.read(value), rows), [rows.length, *([1] * (len(shape_of(source)) - 2))])
 
-    return _channels(s, grad, source, rows, None if index == 2 else (of_channel(mean), of_channel(rstd)))
+    return _affine(s, grad, source, rows.along(1), None if index == 2 else (of_channel(mean), of_channel(rstd)))
 
 
-def _channels(s: Slicer, grad: fx.Node, source: fx.Node, rows: Rows, statistics: tuple[fx.Node, fx.Node] | None) -> fx.Node:
-    """Sums over everything but the channels, which are dimension 1: of the gradient, or of it times the normalised input."""
-    out = s.narrow(s.read(grad), rows.along(1))
+def _affine(s: Slicer, grad: fx.Node, source: fx.Node, rows: Rows, statistics: tuple[fx.Node, fx.Node] | None) -> fx.Node:
+    """Sums over every dimension but that of `rows`: of the gradient, or of it times the normalised input, where there are statistics."""
+    out = s.narrow(s.read(grad), rows)
     if statistics is not None:
         mean, rstd = statistics
-        centred = s.emit(aten.sub.Tensor, s.narrow(s.read(source), rows.along(1)), mean)
+        centred = s.emit(aten.sub.Tensor, s.narrow(s.read(source), rows), mean)
         out = s.emit(aten.mul.Tensor, s.emit(aten.mul.Tensor, centred, rstd), out)
-    return s.emit(aten.sum.dim_IntList, out, [d for d in range(len(shape_of(source))) if d != 1])
+    others = [dim for dim in range(len(shape_of(source))) if dim != rows.dim]
+    return s.emit(aten.sum.dim_IntList, out, others) if others else out
 
 
 def _convolution(s: Slicer, call: fx.Node, index: int, rows: Rows) -> fx.Node | None:

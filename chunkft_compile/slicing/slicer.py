@@ -53,15 +53,16 @@ class Slicer:
         arriving = self.foreign(node, rows)
         if arriving is not None:
             return arriving
-        if not self.is_value(node):
-            rule = self.rule_of(node)
-            sliced = rule(self, node, rows) if rule else None
-            if sliced is not None:
-                return sliced
-        if not self.is_value(node) and not self._of_factor:
-            self.dense.append(node)
-            return self.emit(aten.clone.default, self.narrow(self.read(node), rows), memory_format=torch.contiguous_format)
-        return self.narrow(self.read(node), rows)
+        if self.is_value(node):
+            return self.narrow(self.read(node), rows)
+        rule = self.rule_of(node)
+        sliced = rule(self, node, rows) if rule else None
+        if sliced is not None:
+            return sliced
+        if self._of_factor:
+            return self.narrow(self.read(node), rows)
+        self.dense.append(node)
+        return self.emit(aten.clone.default, self.narrow(self.read(node), rows), memory_format=torch.contiguous_format)
 
     def factor(self, node: fx.Node, rows: Rows) -> fx.Node:
         """The rows of a factor of the gradient: an activation, or the gradient of one.

@@ -11,9 +11,6 @@ from tests.support.allocator import allocator_or_skip
 QUICK = {"MLP", "Mixtral", "ViT"}
 """One of each sort is in the default run; all of them: `pytest -k zoo`."""
 
-REFUSED: dict[str, str] = {}
-"""Entries that cannot be trained in chunks, and a part of what they are told."""
-
 
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
@@ -22,9 +19,6 @@ REFUSED: dict[str, str] = {}
 @pytest.mark.parametrize("entry", [pytest.param(e, id=e.name, marks=() if e.name in QUICK else pytest.mark.slow) for e in ZOO])
 def test_it_trains(entry: Entry) -> None:
     outcome = attempt(entry, allocator_or_skip())
-    if entry.name in REFUSED:
-        assert REFUSED[entry.name] in outcome.refused
-        return
     assert not outcome.refused
     assert outcome.works, outcome
     assert not outcome.dense
