@@ -1,5 +1,6 @@
 """The store in host memory beside an accelerator: pinned, with a stream for each direction."""
 
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -15,6 +16,14 @@ class _Place:
     whole: torch.Tensor
     written: torch.Event | None = None
     read: torch.Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Unwaited:
+    """What a copy reads and writes. Not the copy, which holds its store: in a cycle memory outlives its use."""
+
+    source: torch.Tensor
+    target: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,8 @@ class HostStore:
         self._inward, self._outward = torch.Stream(device), torch.Stream(device)
         self._slots: dict[object, _Place] = {}
         self._at: dict[int, _Place] = {}  # by address
-        self._unwaited: dict[int, StreamCopy] = {}  # if the caller drops one, its memory must stay until it is done
+        self._unwaited: dict[torch.Event, _Unwaited] = {}  # if the caller drops a copy, its memory must stay until it is done
+        weakref.finalize(self, _await_all, device, self._unwaited).atexit = False
         self._spans: list[_Span] = []
         self._totals = defaultdict[str, float](float)
 
@@ -130,7 +140,7 @@ class HostStore:
         # allocator makes of it when it is freed.
         stream.wait_event(copy.done)
         self._spans.append(_Span(before, self._mark(stream), "waiting_us"))
-        self._unwaited.pop(id(copy), None)
+        self._unwaited.pop(copy.done, None)
 
     def _put(self, place: _Place, stand_in: torch.Tensor, tensor: torch.Tensor) -> StreamCopy:
         source = tensor.detach().contiguous()  # on the current stream, where its memory belongs
@@ -150,7 +160,7 @@ class HostStore:
             memory.copy_(contents, non_blocking=True)
         copy = StreamCopy(self, target, source, self._mark(stream))
         self._spans.append(_Span(start, copy.done, times, moves, nbytes_of(target)))
-        self._unwaited[id(copy)] = copy
+        self._unwaited[copy.done] = _Unwaited(source, target)
         return copy
 
     def _find(self, stand_in: torch.Tensor) -> _Place:
@@ -177,5 +187,12 @@ class HostStore:
             self._totals[span.times] += 1000 * span.start.elapsed_time(span.stop)
             if span.moves:
                 self._totals[span.moves] += span.nbytes
-        for key in [key for key, copy in self._unwaited.items() if copy.done.query()]:
-            del self._unwaited[key]
+        for done in [done for done in self._unwaited if done.query()]:
+            del self._unwaited[done]
+
+
+def _await_all(device: torch.device, unwaited: dict[torch.Event, _Unwaited]) -> None:
+    """Before the memory of copies under way goes back with their store: the current stream, whose memory it is, waits for them."""
+    for done in unwaited:
+        torch.accelerator.current_stream(device).wait_event(done)
+    unwaited.clear()
