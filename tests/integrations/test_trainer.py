@@ -117,6 +117,20 @@ def test_resuming_with_the_planner(workshop: Workshop, tmp_path: Path) -> None:
     same_weights(whole, resumed)
 
 
+def test_resuming_under_another_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between two sweeps: state is cut and joined by rows."""
+    plan_by_hand(monkeypatch, (HELD,) * 2)
+    torch.manual_seed(0)
+    narrow = compile_quickly(llama().train(), 60_000)
+    changes: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "max_grad_norm": 0.0}
+    train(narrow, tmp_path, **changes)
+    wide = _compiled()
+    assert len(wide.chunks) < len(narrow.chunks)
+    trainer = train(wide, tmp_path, resume=tmp_path / "checkpoint-4", **changes)
+    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {3}
+    assert (wide.progress.sweep, narrow.progress.sweep) == (3, 3)
+
+
 def test_a_checkpoint_is_a_model_to_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan_by_hand(monkeypatch, (HELD,) * 2)
     model = _compiled(partial(llama, tied=True))
