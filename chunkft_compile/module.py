@@ -17,7 +17,7 @@ from chunkft_compile.capture import unwrapped
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.elsewhere import visiting
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.likeness import showing_forward_of
+from chunkft_compile.appearance import showing_forward_of
 from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run
@@ -181,7 +181,7 @@ class ChunkedModule(nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
-        """That of the model, see `likeness`."""
+        """That of the model, see `appearance`."""
         return type(self.module)
 
     def __init__(self, model: nn.Module, device: torch.device, options: Options) -> None:
