@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from chunkft_compile.appearance import showing_forward_of
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
@@ -17,7 +18,6 @@ from chunkft_compile.capture import unwrapped
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.elsewhere import visiting
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.appearance import showing_forward_of
 from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.engine import Run

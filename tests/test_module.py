@@ -16,8 +16,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from chunkft_compile import ChunkedModule, last_programs
+from chunkft_compile.appearance import showing_forward_of
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.likeness import showing_forward_of
 from tests.conftest import Workshop
 from tests.invariants.harness import compile_quickly, slice_of, smallest_nbytes
 from tests.models import CASES, Mlp, compute_loss, llama, token_batch, vector_batch
