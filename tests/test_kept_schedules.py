@@ -193,7 +193,7 @@ def test_a_refused_budget_names_the_largest_tensors() -> None:
         ({"state": ["disk"]}, {Category.STATE}),
         ({"weights": ["disk"], "budget": 2 * BUDGET}, {Category.STAGING}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) or "plain",
 )
 def test_every_byte_of_a_program_is_in_its_trace(options: dict[str, Any], expected: set[Category], tmp_path: Path) -> None:
     model, optimizer = _compiled(**{"budget": BUDGET, **options})

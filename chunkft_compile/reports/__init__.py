@@ -1,0 +1,1 @@
+"""Reports: what a plan will do, in the formats people read."""
