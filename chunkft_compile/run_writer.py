@@ -77,6 +77,11 @@ class _Step:
         )
 
 
+def _runs_as(step: Step, other: Step) -> bool:
+    """Whether two steps do the same; what was predicted of them may differ."""
+    return (step.chunks, step.options, step.update) == (other.chunks, other.options, other.update)
+
+
 class Recording:
     """What a session tells of its steps, written to `file`; see `chunkft_compile.record`.
 
@@ -116,7 +121,7 @@ class Recording:
         if under_way is None or under_way.number != number or under_way.record.program is not program:
             self._step = self._begin(compiled, schedule, step, program, number, sweep)
             if under_way is not None and under_way.number == number:
-                self._step.differs, self._step.loss = REPLANNED, under_way.loss
+                self._step.differs, self._step.loss = self._step.differs or REPLANNED, under_way.loss
         assert self._step is not None
         if not exact and self._step.differs is None:
             self._step.differs = SMALLER
@@ -140,7 +145,7 @@ class Recording:
         self._write_ready()
 
     def _begin(self, compiled: Compiled, schedule: Schedule, step: Step, program: Program, number: int, sweep: int) -> _Step:
-        planned = next((place for place, other in enumerate(schedule.steps) if other == step), None)
+        planned = next((place for place, other in enumerate(schedule.steps) if _runs_as(other, step)), None)
         plan = self._plan(compiled, schedule, accumulating=program.accumulating)
         differs = PART if planned is None else None
         return _Step(number, sweep, plan, planned, StepRecord(program, self._clock), differs, time.perf_counter_ns())

@@ -22,13 +22,14 @@ def format_comparison(plan: Plan, run: Run, *, markdown: bool = False) -> str:
     """What `compare` finds, as tables of plain text or Markdown. Raises what `compare` raises."""
     found, header = compare(plan, run), run.header
     title = f"Planned against measured: {len(found.steps)} of {found.planned_steps} steps of the sweep were recorded"
+    bullet = "- " if markdown else ""
     lines = [
         f"# {title}" if markdown else title,
         "",
-        f"device {header.device}, torch {header.torch}, {len(run.steps)} steps from {header.started} on; {_MEMORY[found.memory]}: "
-        f"{found.memory_note}",
-        *(f"left out: {count} x {reason}" for reason, count in found.left_out),
-        *(["the last line of the run was cut off, as in a run that was killed"] if run.torn else []),
+        f"{bullet}device {header.device}, torch {header.torch}, {len(run.steps)} steps from {header.started} on",
+        f"{bullet}{_MEMORY[found.memory]}: {found.memory_note}",
+        *(f"{bullet}left out: {count} x {reason}" for reason, count in found.left_out),
+        *([f"{bullet}the last line of the run was cut off, as in a run that was killed"] if run.torn else []),
         *_section("steps" + _shortened(found), *_steps(found), markdown=markdown),
         *_section("what instructions do, in all steps above", *_ops(found), markdown=markdown),
         *_section("instructions whose times differ most (medians over sweeps)", *_differing(found.times(), _over_us), markdown=markdown),
