@@ -61,8 +61,8 @@ class StepLine:
     part of one. `at_us` is when it was complete, since `Header.started`, and `wall_us` its time, from the first forward on, with what the
     loop did in between. The other times are those of the device: `forward_us`, `backward_us` and `update_us` sums over all
     micro-batches (IMMEDIATE updates are in the backward), `instant_us` those of the instructions of the step's trace, means over
-    micro-batches. `peak_nbytes` and `instant_nbytes` are peaks as plans count them, None where nothing measures them. `traffic` is what
-    was moved since the step before.
+    micro-batches. `peak_nbytes` and `instant_nbytes` are peaks as plans count them, None where nothing measures them. `traffic` are the
+    copies that came to their end since the step before; those that a step begins last may end in the next one.
     """
 
     step: int
