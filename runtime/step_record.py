@@ -9,6 +9,7 @@ when both have passed, steps later if need be.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -67,8 +68,7 @@ class Took:
     complete: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(NamedTuple):
     """One run of an instruction."""
 
     phase: Op
