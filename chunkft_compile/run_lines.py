@@ -1,8 +1,9 @@
 """The lines of a recorded run: a JSON object each, with one key that says what it is.
 
-    {"header": {...}}   the first one
-    {"plan": {...}}     before the first step that ran under it
-    {"step": {...}}     for every optimizer step
+    {"header": {...}}    the first one
+    {"plan": {...}}      before the first program of it
+    {"program": {...}}   before the first step that ran it
+    {"step": {...}}      for every optimizer step
 
 The fields are those of the classes here. A loss that is not finite is written as `NaN` or `Infinity`, as Python's `json` does.
 """
@@ -54,21 +55,34 @@ class PlanLine:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramLine:
+    """What a step of plan `plan` runs: step `planned` of its schedule, or None for a part of one. All numbers are from 0.
+
+    `instants` are the instructions by name, in their order. Two plans of one schedule need not have the same order: copies begin as
+    early as the speed of the ways to the stores asks for, which is measured anew by every process.
+    """
+
+    number: int
+    plan: int
+    planned: int | None
+    instants: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepLine:
     """One optimizer step: `step` in all, in sweep `sweep`, all counted from 0.
 
-    It ran as step `planned` of the schedule of plan `plan`, unless `differs` says what was different; `planned` is None where it was a
-    part of one. `at_us` is when it was complete, since `Header.started`, and `wall_us` its time, from the first forward on, with what the
-    loop did in between. The other times are those of the device: `forward_us`, `backward_us` and `update_us` sums over all
-    micro-batches (IMMEDIATE updates are in the backward), `instant_us` those of the instructions of the step's trace, means over
-    micro-batches. `peak_nbytes` and `instant_nbytes` are peaks as plans count them, None where nothing measures them. `traffic` are the
-    copies that came to their end since the step before; those that a step begins last may end in the next one.
+    It ran `program`; `differs` says what sets it apart from others that did, None if nothing. `at_us` is when it was complete, since
+    `Header.started`, and `wall_us` its time, from the first forward on, with what the loop did in between. The other times are those of
+    the device: `forward_us`, `backward_us` and `update_us` sums over all micro-batches (IMMEDIATE updates are in the backward),
+    `instant_us` those of the instructions of its program, means over micro-batches. `peak_nbytes` and `instant_nbytes` are peaks as plans
+    count them, None where nothing measures them. `traffic` are the copies that came to their end since the step before; those that a
+    step begins last may end in the next one.
     """
 
     step: int
     sweep: int
-    plan: int
-    planned: int | None
+    program: int
     differs: str | None
     loss: float | None
     micro_batches: int
@@ -83,8 +97,8 @@ class StepLine:
     instant_nbytes: tuple[int, ...] | None
 
 
-Line = Header | PlanLine | StepLine
-_KINDS: dict[str, type[Line]] = {"header": Header, "plan": PlanLine, "step": StepLine}
+Line = Header | PlanLine | ProgramLine | StepLine
+_KINDS: dict[str, type[Line]] = {"header": Header, "plan": PlanLine, "program": ProgramLine, "step": StepLine}
 
 
 def to_text(line: Line) -> str:

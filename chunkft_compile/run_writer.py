@@ -11,11 +11,12 @@ from typing import IO
 import torch
 
 import chunkft_compile
+from chunkft_compile.assembly import Assembled
 from chunkft_compile.compiled import Compiled
 from chunkft_compile.errors import TrainingError
-from chunkft_compile.planner import Fingerprint, Schedule, Step
-from chunkft_compile.planner.program import Program
-from chunkft_compile.run_lines import VERSION, Header, Line, Memory, PlanLine, StepLine, to_text
+from chunkft_compile.planner import Fingerprint, Problem, Schedule, Step
+from chunkft_compile.planner.traces import title_of
+from chunkft_compile.run_lines import VERSION, Header, Line, Memory, PlanLine, ProgramLine, StepLine, to_text
 from chunkft_compile.runtime.guard import Guard, Watch
 from chunkft_compile.runtime.step_record import Clock, StepRecord
 from chunkft_compile.runtime.store import Traffic
@@ -38,14 +39,26 @@ def memory_of(guard: Guard) -> tuple[Memory, str]:
     return Memory.AT_LEAST, "the device has one peak statistic, and it is the user's: only CHUNKFT_DEBUG=2 resets it"
 
 
+@dataclass(frozen=True)
+class Running:
+    """What a session is about to run: `step` of `schedule`, which answers `problem`; `number` are the optimizer steps before."""
+
+    compiled: Compiled
+    problem: Problem
+    schedule: Schedule
+    step: Step
+    assembled: Assembled
+    number: int
+    sweep: int
+
+
 @dataclass
 class _Step:
     """A step under way; the last three are known when it is complete."""
 
     number: int
     sweep: int
-    plan: int
-    planned: int | None
+    program: int
     record: StepRecord
     differs: str | None
     started_ns: int
@@ -60,8 +73,7 @@ class _Step:
         return StepLine(
             step=self.number,
             sweep=self.sweep,
-            plan=self.plan,
-            planned=self.planned,
+            program=self.program,
             differs=self.differs or (None if took.complete else BROKEN),
             loss=self.loss,
             micro_batches=took.micro_batches,
@@ -93,6 +105,8 @@ class Recording:
         self._file, self._clock, self._traffic = file, Clock(device), traffic
         self._plans: dict[tuple[Fingerprint, Schedule], int] = {}
         self._latest: tuple[weakref.ref[Compiled], Schedule, bool, int] | None = None
+        self._programs: weakref.WeakKeyDictionary[Assembled, dict[int, int]] = weakref.WeakKeyDictionary()  # and by plan
+        self._count = 0  # of programs
         self._step: _Step | None = None
         self._waiting: deque[_Step] = deque()  # complete for the host, and perhaps not for the device
         self._start_ns = time.perf_counter_ns()
@@ -109,18 +123,16 @@ class Recording:
             raise TrainingError("no step is under way that this could be the loss of: call note_loss() before optimizer.step()")
         self._step.loss = float(loss)
 
-    def watch(
-        self, inner: Watch, compiled: Compiled, schedule: Schedule, step: Step, program: Program, *, number: int, sweep: int, exact: bool
-    ) -> Watch:
-        """The session is about to run `program`, or its updates, as `step` of `schedule`; it reports to what this gives.
+    def watch(self, inner: Watch, running: Running, *, exact: bool) -> Watch:
+        """The session is about to run a program, or its updates; it reports to what this gives.
 
-        `number` are the optimizer steps so far. Unless `exact`, the batch is smaller than the one that the program was made for.
+        Unless `exact`, the batch is smaller than the one that the program was made for.
         """
         self._write_ready()
-        under_way = self._step
-        if under_way is None or under_way.number != number or under_way.record.program is not program:
-            self._step = self._begin(compiled, schedule, step, program, number, sweep)
-            if under_way is not None and under_way.number == number:
+        under_way, program = self._step, running.assembled.program
+        if under_way is None or under_way.number != running.number or under_way.record.program is not program:
+            self._step = self._begin(running)
+            if under_way is not None and under_way.number == running.number:
                 self._step.differs, self._step.loss = self._step.differs or REPLANNED, under_way.loss
         assert self._step is not None
         if not exact and self._step.differs is None:
@@ -144,14 +156,15 @@ class Recording:
             step.record.wait()
         self._write_ready()
 
-    def _begin(self, compiled: Compiled, schedule: Schedule, step: Step, program: Program, number: int, sweep: int) -> _Step:
-        planned = next((place for place, other in enumerate(schedule.steps) if _runs_as(other, step)), None)
-        plan = self._plan(compiled, schedule, accumulating=program.accumulating)
-        differs = PART if planned is None else None
-        return _Step(number, sweep, plan, planned, StepRecord(program, self._clock), differs, time.perf_counter_ns())
+    def _begin(self, running: Running) -> _Step:
+        planned = next((place for place, step in enumerate(running.schedule.steps) if _runs_as(step, running.step)), None)
+        program = self._program(running, self._plan(running), planned)
+        record = StepRecord(running.assembled.program, self._clock)
+        return _Step(running.number, running.sweep, program, record, PART if planned is None else None, time.perf_counter_ns())
 
-    def _plan(self, compiled: Compiled, schedule: Schedule, *, accumulating: bool) -> int:
+    def _plan(self, running: Running) -> int:
         """The number of a plan; a new one gets its line."""
+        compiled, schedule, accumulating = running.compiled, running.schedule, running.assembled.program.accumulating
         if self._latest is not None:
             known, of, as_well, number = self._latest
             if known() is compiled and of is schedule and as_well == accumulating:
@@ -162,6 +175,16 @@ class Recording:
             self._write(PlanLine(self._plans[key], *key))
         self._latest = weakref.ref(compiled), schedule, accumulating, self._plans[key]
         return self._plans[key]
+
+    def _program(self, running: Running, plan: int, planned: int | None) -> int:
+        """The number of a program under a plan; a new one gets its line."""
+        numbers = self._programs.setdefault(running.assembled, {})
+        if plan not in numbers:
+            numbers[plan] = self._count
+            self._count += 1
+            names = tuple(title_of(running.problem, instruction) for instruction in running.assembled.program.instructions)
+            self._write(ProgramLine(numbers[plan], plan, planned, names))
+        return numbers[plan]
 
     def _write_ready(self) -> None:
         """Write the steps that the device has done, in their order."""

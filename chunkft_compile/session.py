@@ -26,7 +26,7 @@ from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.readable import readable
 from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
-from chunkft_compile.run_writer import Recording
+from chunkft_compile.run_writer import Recording, Running
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Call, Stepper
 from chunkft_compile.runtime.guard import Watch, open_guard
@@ -276,7 +276,8 @@ class Session:
         """What the run of a step, or of its updates, reports to. Unless `exact`, the batch is smaller than the planned one."""
         planned, accumulating = self.planned, self.accumulating
         timeline = compiled.timeline(step, planned.schedule.places, accumulating=accumulating)
-        program = self.program(compiled, step).program
+        assembled = self.program(compiled, step)
+        program = assembled.program
         without_state = self._updater.without_state()
         absent_nbytes = compiled.setting.absent_nbytes(without_state, planned.schedule.resident)
         unmade = {number: compiled.setting.state_nbytes(number) for number in without_state.intersection(step.chunks)}
@@ -285,9 +286,9 @@ class Session:
         title = f"step {planned.position + 1} of {len(planned.schedule.steps)}, sweep {planned.count + 1}"
         watch = self.guard.watch(program, timeline, title, absent_nbytes, unmade)
         if self.recording is not None:
-            watch = self.recording.watch(
-                watch, compiled, planned.schedule, step, program, number=self.steps, sweep=planned.count, exact=exact
-            )
+            assert self.problem is not None, "a plan answers a question"
+            running = Running(compiled, self.problem, planned.schedule, step, assembled, number=self.steps, sweep=planned.count)
+            watch = self.recording.watch(watch, running, exact=exact)
         self._watch = watch
         return watch
 

@@ -60,6 +60,12 @@ def _train(model: ChunkedModule, optimizer: Optimizer, path: Path | None, *, swe
     return losses
 
 
+def _ran(run: Run) -> list[tuple[int, int | None, str | None]]:
+    """Of every step, its plan, which step of it it was, and what set it apart."""
+    programs = [run.programs[step.program] for step in run.steps]
+    return [(program.plan, program.planned, step.differs) for program, step in zip(programs, run.steps, strict=True)]
+
+
 def _kept(model: ChunkedModule, directory: Path) -> Plan:
     model.save_schedule(directory / "plan.json")
     return from_json((directory / "plan.json").read_text(), Plan)  # without `verify`, which knows nothing of plans by hand
@@ -90,9 +96,10 @@ def test_recording_changes_no_bit_and_peaks_are_those_that_were_planned(monkeypa
 
     plan, run = _kept(model, tmp_path), read_run(tmp_path / "run.jsonl")
     assert [step.loss for step in run.steps] == losses
-    assert [step.planned for step in run.steps] == 2 * list(range(len(updates)))
+    assert _ran(run) == 2 * [(0, number, None) for number in range(len(updates))]
+    assert len(run.programs) == len(updates)
     assert [step.sweep for step in run.steps] == [0] * len(updates) + [1] * len(updates)
-    assert {(step.differs, step.micro_batches) for step in run.steps} == {(None, micro)}
+    assert {step.micro_batches for step in run.steps} == {micro}
     _check_times(run)
     assert sum(step.traffic.read_nbytes for step in run.steps) == model.traffic.read_nbytes
     assert sum(step.traffic.written_nbytes for step in run.steps) == model.traffic.written_nbytes > 0
@@ -100,6 +107,7 @@ def test_recording_changes_no_bit_and_peaks_are_those_that_were_planned(monkeypa
     compared = compare(plan, run)
     assert [(step.number, step.sweeps) for step in compared.steps] == [(number, 2) for number in range(len(updates))]
     for step, planned in zip(compared.steps, plan.schedule.steps, strict=True):
+        assert not step.moved
         assert step.planned_nbytes == planned.peak_nbytes
         assert step.measured_nbytes is not None
         assert step.measured_nbytes <= step.planned_nbytes <= 1.02 * step.measured_nbytes
@@ -137,10 +145,11 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, path: Path, *updates: Update) -> 
 def test_every_line_says_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, _ = _recorded(monkeypatch, tmp_path / "run.jsonl", HELD, HELD)
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
-    assert [list(line) for line in lines] == [["header"], ["plan"], ["step"], ["step"]]
-    header, plan, step = lines[0]["header"], lines[1]["plan"], lines[2]["step"]
+    assert [list(line) for line in lines] == [["header"], ["plan"], ["program"], ["step"], ["program"], ["step"]]
+    header, plan, program, step = lines[0]["header"], lines[1]["plan"], lines[2]["program"], lines[3]["step"]
     assert (header["device"], header["budget_nbytes"], header["torch"]) == ("cpu", PLENTY, str(torch.__version__))
     assert plan["fingerprint"]["chunks"] == [chunk.name for chunk in model.chunks]
+    assert len(program["instants"]) == len(step["instant_us"])
     assert set(step["traffic"]) == {"read_nbytes", "written_nbytes", "reading_us", "writing_us", "waiting_us"}
 
 
@@ -205,7 +214,7 @@ def test_unplanned_accumulation_is_a_plan_of_its_own(monkeypatch: pytest.MonkeyP
     _train(model, optimizer, tmp_path / "run.jsonl", micro=2)
     run = read_run(tmp_path / "run.jsonl")
     assert [plan.fingerprint.accumulating for plan in run.plans] == [False, True]
-    assert [(step.plan, step.differs) for step in run.steps] == [(1, REPLANNED), (1, None), (1, None), (1, None)]
+    assert _ran(run) == [(1, 0, REPLANNED), (1, 1, None), (1, 0, None), (1, 1, None)]
     compared = compare(_kept(model, tmp_path), run)
     assert compared.left_out == ((REPLANNED, 1),)
     assert [(step.number, step.sweeps) for step in compared.steps] == [(0, 1), (1, 2)]
@@ -219,7 +228,7 @@ def test_a_larger_batch_is_planned_again_and_a_smaller_one_is_not_compared(monke
         for rows in (4, 6, 5, 6):
             _step_mlp(model, optimizer, rows)
     run = read_run(tmp_path / "run.jsonl")
-    assert [(step.plan, step.differs) for step in run.steps] == [(0, None), (1, None), (1, SMALLER), (1, None)]
+    assert _ran(run) == [(0, 0, None), (1, 0, None), (1, 0, SMALLER), (1, 0, None)]
     compared = compare(_kept(model, tmp_path), run)
     assert compared.left_out == (("another plan", 1), (SMALLER, 1))
     assert [step.sweeps for step in compared.steps] == [2]
@@ -272,7 +281,7 @@ def test_the_rest_of_a_broken_step_is_no_planned_step(monkeypatch: pytest.Monkey
         _step_mlp(model, optimizer)
         _step_mlp(model, optimizer)
     run = read_run(tmp_path / "run.jsonl")
-    assert [(step.planned, step.differs) for step in run.steps] == [(None, PART), (0, None)]
+    assert _ran(run) == [(0, None, PART), (0, 0, None)]
     assert compare(_kept(model, tmp_path), run).left_out == ((PART, 1),)
 
 

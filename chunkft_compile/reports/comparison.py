@@ -29,6 +29,7 @@ def format_comparison(plan: Plan, run: Run, *, markdown: bool = False) -> str:
         f"{bullet}device {header.device}, torch {header.torch}, {len(run.steps)} steps from {header.started} on",
         f"{bullet}{_MEMORY[found.memory]}: {found.memory_note}",
         *(f"{bullet}left out: {count} x {reason}" for reason, count in found.left_out),
+        *_moved(found, bullet),
         *([f"{bullet}the last line of the run was cut off, as in a run that was killed"] if run.torn else []),
         *_section("steps" + _shortened(found), *_steps(found), markdown=markdown),
         *_section("what instructions do, in all steps above", *_ops(found), markdown=markdown),
@@ -46,6 +47,16 @@ def _section(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], 
     align = ["left" if header in ("instruction", "operation") else "right" for header in headers]
     table = tabulate(rows, headers, tablefmt="github" if markdown else "simple", colalign=align, disable_numparse=True)
     return ["", f"## {title}" if markdown else f"{title}:", "", *(line.rstrip() for line in table.splitlines())]
+
+
+def _moved(found: Comparison, bullet: str) -> list[str]:
+    moved = [str(step.number + 1) for step in found.steps if step.moved]
+    if not moved:
+        return []
+    shown = ", ".join(moved[:_STEPS]) + (", ..." if len(moved) > _STEPS else "")
+    return [
+        f"{bullet}copies of {len(moved)} steps ({shown}) began elsewhere than planned, as link speeds were measured anew: peaks may differ"
+    ]
 
 
 def _shortened(found: Comparison) -> str:

@@ -9,7 +9,7 @@ from statistics import median_low
 from chunkft_compile.planner import Plan, PlanMismatch, Trace
 from chunkft_compile.planner.artefacts import differences, schedule_differences
 from chunkft_compile.planner.program import Op
-from chunkft_compile.run_lines import Header, Line, Memory, PlanLine, StepLine, from_text
+from chunkft_compile.run_lines import Header, Line, Memory, PlanLine, ProgramLine, StepLine, from_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Run:
 
     header: Header
     plans: tuple[PlanLine, ...]
+    programs: tuple[ProgramLine, ...]
     steps: tuple[StepLine, ...]
     torn: bool = False
 
@@ -30,11 +31,12 @@ def read_run(path: str | Path) -> Run:
         raise ValueError(f"the run {path} cannot be read: {error}") from error
     header: Header | None = None
     plans: list[PlanLine] = []
+    programs: list[ProgramLine] = []
     steps: list[StepLine] = []
     for number, raw in enumerate(lines, 1):
         try:
             line = from_text(raw.decode("utf-8"))
-            _check(line, header, plans)
+            _check(line, header, plans, programs)
         except ValueError as error:  # UnicodeDecodeError is one
             raise ValueError(f"{path}, line {number}: {error}") from error
         match line:
@@ -42,26 +44,38 @@ def read_run(path: str | Path) -> Run:
                 header = line
             case PlanLine():
                 plans.append(line)
+            case ProgramLine():
+                programs.append(line)
             case StepLine():
                 steps.append(line)
     if header is None:
         raise ValueError(f"{path} holds no complete line, not even a header: nothing was recorded in it")
-    return Run(header, tuple(plans), tuple(steps), torn=bool(rest))
+    return Run(header, tuple(plans), tuple(programs), tuple(steps), torn=bool(rest))
 
 
-def _check(line: Line, header: Header | None, plans: Sequence[PlanLine]) -> None:
+def _check(line: Line, header: Header | None, plans: Sequence[PlanLine], programs: Sequence[ProgramLine]) -> None:
     """Raise `ValueError` for a line that cannot come here."""
     if isinstance(line, Header) is not (header is None):
         raise ValueError("the first line is a header, and no other one")
-    if isinstance(line, PlanLine) and line.number != len(plans):
-        raise ValueError(f"this is plan {line.number}, expected {len(plans)}")
-    if isinstance(line, StepLine):
-        if not 0 <= line.plan < len(plans):
-            raise ValueError(f"this step ran under plan {line.plan}, and there are {len(plans)} so far")
-        if line.planned is not None and not 0 <= line.planned < len(plans[line.plan].schedule.steps):
-            raise ValueError(f"this is step {line.planned} of a schedule of {len(plans[line.plan].schedule.steps)}")
-        if line.instant_nbytes is not None and len(line.instant_nbytes) != len(line.instant_us):
-            raise ValueError(f"this step has {len(line.instant_us)} times and {len(line.instant_nbytes)} peaks")
+    match line:
+        case PlanLine():
+            if line.number != len(plans):
+                raise ValueError(f"this is plan {line.number}, expected {len(plans)}")
+        case ProgramLine():
+            if line.number != len(programs):
+                raise ValueError(f"this is program {line.number}, expected {len(programs)}")
+            if not 0 <= line.plan < len(plans):
+                raise ValueError(f"this program is of plan {line.plan}, and there are {len(plans)} so far")
+            steps = len(plans[line.plan].schedule.steps)
+            if line.planned is not None and not 0 <= line.planned < steps:
+                raise ValueError(f"this is step {line.planned} of a schedule of {steps}")
+        case StepLine():
+            if not 0 <= line.program < len(programs):
+                raise ValueError(f"this step ran program {line.program}, and there are {len(programs)} so far")
+            expected = len(programs[line.program].instants)
+            for what, found in (("times", line.instant_us), ("peaks", line.instant_nbytes)):
+                if found is not None and len(found) != expected:
+                    raise ValueError(f"this step has {len(found)} {what}, and its program {expected} instructions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +95,8 @@ class ComparedStep:
     """Step `number` (from 0) of the schedule, as measured in `sweeps` sweeps. `instants` are those of its trace, in the same order.
 
     `measured_us` is the median over sweeps of the sum of all instructions, in the lower of two in the middle; with accumulation both
-    times are those of one micro-batch and the update. `measured_nbytes` is the most of any sweep.
+    times are those of one micro-batch and the update. `measured_nbytes` is the most of any sweep. `moved`: the run has the same
+    instructions in another order, since copies begin elsewhere (see `ProgramLine`), so peaks may differ either way.
     """
 
     number: int
@@ -90,6 +105,7 @@ class ComparedStep:
     measured_us: int
     planned_nbytes: int
     measured_nbytes: int | None
+    moved: bool
     instants: tuple[ComparedInstant, ...]
 
 
@@ -185,16 +201,17 @@ def compare(plan: Plan, run: Run) -> Comparison:
     recorded: dict[int, list[StepLine]] = defaultdict(list)
     left_out: Counter[str] = Counter()
     for line in run.steps:
-        if line.plan not in numbers:
+        program = run.programs[line.program]
+        if program.plan not in numbers:
             left_out["another plan"] += 1
-        elif line.differs is not None or line.planned is None:
+        elif line.differs is not None or program.planned is None:
             left_out[line.differs or "no step of the plan"] += 1
         else:
-            recorded[line.planned].append(line)
+            recorded[program.planned].append(line)
     if not recorded:
         why = ", ".join(f"{count} ({reason})" for reason, count in left_out.items()) or "there are none"
         raise ValueError(f"no step of this run can be compared with the plan: {why}")
-    steps = tuple(_compare(number, plan.traces[number], lines) for number, lines in sorted(recorded.items()))
+    steps = tuple(_compare(number, plan.traces[number], lines, run.programs) for number, lines in sorted(recorded.items()))
     return Comparison(steps, len(plan.traces), tuple(left_out.items()), run.header.memory, run.header.memory_note)
 
 
@@ -214,22 +231,22 @@ def _matching(plan: Plan, run: Run) -> set[int]:
     return numbers
 
 
-def _compare(number: int, trace: Trace, lines: Sequence[StepLine]) -> ComparedStep:
-    for line in lines:
-        if len(line.instant_us) != len(trace.instants):
-            raise PlanMismatch(
-                f"step {number + 1} has {len(trace.instants)} instructions in the plan and {len(line.instant_us)} in the run: "
-                f"they were made by different versions of this library; plan again, and record again"
-            )
-    peaks = [line.instant_nbytes for line in lines if line.instant_nbytes is not None]
+def _compare(number: int, trace: Trace, lines: Sequence[StepLine], programs: Sequence[ProgramLine]) -> ComparedStep:
+    orders = [_order(number, trace, programs[line.program]) for line in lines]
+    times = [[line.instant_us[place] for place in order] for line, order in zip(lines, orders, strict=True)]
+    peaks = [
+        [line.instant_nbytes[place] for place in order]
+        for line, order in zip(lines, orders, strict=True)
+        if line.instant_nbytes is not None
+    ]
     instants = tuple(
         ComparedInstant(
             instant.op,
             instant.name,
             instant.us,
-            median_low(line.instant_us[place] for line in lines),
+            median_low(us[place] for us in times),
             instant.peak_nbytes,
-            max((peak[place] for peak in peaks), default=None),
+            max((nbytes[place] for nbytes in peaks), default=None),
         )
         for place, instant in enumerate(trace.instants)
     )
@@ -237,8 +254,28 @@ def _compare(number: int, trace: Trace, lines: Sequence[StepLine]) -> ComparedSt
         number,
         len(lines),
         sum(instant.us for instant in trace.instants),
-        median_low(sum(line.instant_us) for line in lines),
+        median_low(sum(us) for us in times),
         trace.peak_nbytes,
         max((line.peak_nbytes for line in lines if line.peak_nbytes is not None), default=None),
+        any(order != sorted(order) for order in orders),
         instants,
     )
+
+
+def _order(number: int, trace: Trace, program: ProgramLine) -> list[int]:
+    """For every instant of a trace, its place in the program that was run; of equal names the first is the first.
+
+    Raises `PlanMismatch` where the program has other instructions.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for place in reversed(range(len(program.instants))):
+        places[program.instants[place]].append(place)
+    order = [places[instant.name].pop() for instant in trace.instants if places[instant.name]]
+    if len(order) != len(trace.instants) or len(order) != len(program.instants):
+        planned, ran = Counter(instant.name for instant in trace.instants), Counter(program.instants)
+        unlike = next(iter((planned - ran) + (ran - planned)))
+        raise PlanMismatch(
+            f"step {number + 1} has other instructions in the run, such as {unlike!r} ({ran[unlike]} instead of {planned[unlike]}): "
+            f"they were made by different versions of this library; plan again, and record again"
+        )
+    return order
