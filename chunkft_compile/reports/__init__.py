@@ -1,1 +1,1 @@
-"""Reports: what a plan will do, in the formats people read."""
+"""What plans promise and what runs took, for people to look at."""
