@@ -66,27 +66,20 @@ class ChatFormat:
 
     def _span(self, text: str, turn: int, chat: Chat) -> Span:
         """Where the assistant's turn stands in the text of the whole conversation."""
-        span = self._by_mark(text, turn, chat) or self._by_prefixes(text, turn, chat)
+        mark = next((mark for mark in _MARKS if mark not in text), _MARKS[0])
+        messages = [*chat.messages[:turn], {"role": "assistant", "content": mark}, *chat.messages[turn + 1 :]]
+        whole, cut = (self._render(some, chat).split(mark) for some in (messages, messages[: turn + 1]))
+        span = None
+        if len(whole) == len(cut) == 2:
+            span = _between(text, *whole, _turn_end(cut[1], chat))
+        if span is None and min(len(whole), len(cut)) >= 2:  # it does write answers
+            span = self._by_prefixes(text, turn, chat)
         if span is None:
             raise ValueError(
                 f"{chat.where}: it cannot be told where the chat template puts message {turn + 1}, so other text would be learned: "
                 f"mark the assistant's turns in the template with {{% generation %}} (--chat-template FILE), or leave this example out"
             )
         return span
-
-    def _by_mark(self, text: str, turn: int, chat: Chat) -> Span | None:
-        mark = next((mark for mark in _MARKS if mark not in text), None)
-        if mark is None:
-            return None
-        messages = [*chat.messages[:turn], {"role": "assistant", "content": mark}, *chat.messages[turn + 1 :]]
-        whole, cut = (self._render(some, chat).split(mark) for some in (messages, messages[: turn + 1]))
-        if len(whole) != 2 or len(cut) != 2:
-            return None
-        (before, after), (_, end) = whole, cut
-        stop = len(text) - len(after)
-        if not (text.startswith(before) and text.endswith(after) and after.startswith(end) and len(before) < stop):
-            return None
-        return len(before), stop + len(_turn_end(end, chat))
 
     def _by_prefixes(self, text: str, turn: int, chat: Chat) -> Span | None:
         if turn == 0:
@@ -108,6 +101,14 @@ class ChatFormat:
             return self._tokenizer.apply_chat_template(list(messages), **how)
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"{chat.where}: the chat template cannot write this conversation: {' '.join(str(error).split())}") from error
+
+
+def _between(text: str, before: str, after: str, end: str) -> Span | None:
+    """Where the answer stands that `text` has between what is around the mark, up to and with the end of the turn."""
+    stop = len(text) - len(after)
+    if not (text.startswith(before) and text.endswith(after) and after.startswith(end) and len(before) < stop):
+        return None
+    return len(before), stop + len(end)
 
 
 def _turn_end(end: str, chat: Chat) -> str:

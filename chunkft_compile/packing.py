@@ -51,14 +51,17 @@ def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
 @torch.no_grad()
 def check_packing(model: Any, name: str) -> None:
     """Raise `ValueError` unless packed examples of `model` are apart, found by trying: another first one must not change the second."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    taken = inspect.signature(model.forward).parameters
+    if "position_ids" not in taken:
         raise ValueError(f"--packing: {name} takes no position_ids, so packed examples could not be kept apart; leave --packing out")
     first, second = (torch.arange(_TOKENS, device=model.device) + start for start in (1, _TOKENS + 1))
     positions = torch.arange(_TOKENS, device=model.device).repeat(2)[None]
+    # transformers makes no mask where there is a cache; training has none of those that can be turned off
+    more = {"use_cache": False} if "use_cache" in taken else {}
     was_training = model.training
     model.eval()
     one, other = (
-        model(input_ids=torch.cat([ids, second])[None], position_ids=positions, use_cache=False).logits[0, _TOKENS:].float()
+        model(input_ids=torch.cat([ids, second])[None], position_ids=positions, **more).logits[0, _TOKENS:].float()
         for ids in (first, first.flip(0))
     )
     model.train(was_training)
