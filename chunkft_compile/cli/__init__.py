@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -46,7 +47,11 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator"  # on a CPU, torch has no class for this 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = _parser().parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    args.command_line = [
+        *(("python", "-m", "chunkft_compile.cli") if as_module else ("chunkft",)),
+        *(sys.argv[1:] if argv is None else argv),
+    ]
     try:
         with Termination():
             code: int = args.run(args)

@@ -79,7 +79,7 @@ def merge(config: type, kept: Mapping[str, Any], given: Mapping[str, Any], *, in
         for name, rival in ((one, other), (other, one)):
             if name in given and rival not in given:
                 fields.pop(rival, None)
-    return {**fields, **{name: value for name, value in given.items() if name in options(config)}}
+    return {**fields, **{name: value for name, value in given.items() if name in options(config) and value is not None}}
 
 
 def to_plain(config: Any) -> dict[str, Any]:

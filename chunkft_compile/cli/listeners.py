@@ -89,7 +89,9 @@ class JsonLines:
             print(json.dumps(event.to_plain()), flush=True)
         except BrokenPipeError:
             # hours of training are worth more than a reader that left; and Python would try again at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
             say("nobody reads the output of --json any more; the run goes on")
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ class Option:
         if self.choices:
             given["choices"] = self.choices
         if self.positional:
+            given["default"] = None  # argparse takes SUPPRESS here for a text to parse
             parser.add_argument(name, nargs=None if required else "?", **given)
         else:
             parser.add_argument(flag(name), dest=name, required=required, **given)

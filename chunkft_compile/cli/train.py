@@ -65,7 +65,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if args.dry_run:
             dry_run(config)
         else:
-            fine_tune(config, command=["chunkft", *args.argv])
+            fine_tune(config, command=args.command_line)
     except KeyboardInterrupt as error:
         raise Interrupted.of(error, "interrupted; no model was saved") from None
     if args.dry_run and not config.json:
