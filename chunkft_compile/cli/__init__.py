@@ -62,14 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _ERRORS as error:
         if args.debug:
             raise
-        print(f"chunkft: error: {_one_line(error)}", file=sys.stderr)
+        _print_error(error)
         return 2 if isinstance(error, BudgetError) else 1
     except RuntimeError as error:
         if args.debug or _CPU_ALLOCATOR not in str(error):
             raise
-        print(f"chunkft: error: this machine has too little memory left: {_one_line(error)}", file=sys.stderr)
+        _print_error(error, "this machine has too little memory left: ")
         return 1
     return code
+
+
+def _print_error(error: BaseException, title: str = "") -> None:
+    """One line, after those that others added: how to go on."""
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
+    print(f"chunkft: error: {title}{_one_line(error)}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

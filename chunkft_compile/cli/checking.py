@@ -116,6 +116,8 @@ def _read_template(config: TrainConfig, examples: list[Example | Chat]) -> str |
 
 
 def _check_outputs(config: TrainConfig) -> None:
+    if config.out.name in ("", ".."):
+        raise ValueError(f"--out {config.out} has no name of its own: pass a directory that is to be made")
     if config.out.resolve() == config.model.resolve():
         raise ValueError(f"output directory {config.out} is the model itself: pass another --out")
     check_out(config.out, overwrite=config.overwrite)

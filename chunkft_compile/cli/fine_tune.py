@@ -306,7 +306,7 @@ def _telling_how_to_go_on(training: Training, tell: Tell, stop: Stop, command: S
     except KeyboardInterrupt as error:
         kept = "" if training.kept is None else f"; the checkpoint of step {training.kept[0]} is complete, go on with: {how}"
         raise Interrupted.of(error, f"interrupted; no model was saved{kept}") from None
-    except BaseException:
+    except Exception as error:
         if training.kept is not None:
-            say(f"the checkpoint of step {training.kept[0]} is complete; go on with: {how}")
+            error.add_note(f"the checkpoint of step {training.kept[0]} is complete; go on with: {how}")
         raise

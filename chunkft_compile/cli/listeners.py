@@ -66,18 +66,12 @@ class Bar:
             self._bar.update()
         elif isinstance(event, Evaluated) and event.best_step is not None:
             best = "the best so far" if event.without_best == 0 else f"the best is that of step {event.best_step}"
-            self._write(f"step {event.step}: held-out perplexity {event.perplexity:.2f}, {best}")
+            say(f"step {event.step}: held-out perplexity {event.perplexity:.2f}, {best}")
 
     def close(self) -> None:
         """See `Listener`."""
         if self._bar is not None:
             self._bar.close()
-
-    def _write(self, line: str) -> None:
-        if self._bar is None:
-            say(line)
-        else:
-            self._bar.write(line, file=sys.stderr)
 
 
 class JsonLines:

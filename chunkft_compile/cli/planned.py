@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import chunkft_compile
 from chunkft_compile.budget import format_nbytes
@@ -80,5 +81,5 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
 
 
 def say(line: str) -> None:
-    """Progress is for people and goes where the progress bar goes."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress is for people and goes where the progress bar goes, in a line of its own."""
+    tqdm.write(line, file=sys.stderr)
