@@ -71,7 +71,7 @@ class ChatFormat:
         whole, cut = (self._render(some, chat).split(mark) for some in (messages, messages[: turn + 1]))
         span = None
         if len(whole) == len(cut) == 2:
-            span = _between(text, *whole, _turn_end(cut[1], chat))
+            span = _between(text, whole[0], whole[1], _turn_end(cut[1], chat))
         if span is None and min(len(whole), len(cut)) >= 2:  # it does write answers
             span = self._by_prefixes(text, turn, chat)
         if span is None:

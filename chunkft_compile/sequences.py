@@ -164,8 +164,8 @@ def shuffled_batches(sequences: Sequences, size: int, *, seed: int) -> Iterator[
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         while True:
-            order = torch.randperm(len(sequences), generator=generator)
+            order = torch.randperm(len(sequences), generator=generator).tolist()  # no tensor stays between steps: a budget counts them
             for start in range(0, len(sequences) - size + 1, size):
-                yield sequences.take(order[start : start + size])
+                yield sequences.take(torch.tensor(order[start : start + size]))
 
     return batches()

@@ -47,7 +47,7 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator"  # on a CPU, torch has no class for this 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = _parser().parse_args(argv)
-    as_module = Path(sys.argv[0]).name == "__main__.py"
+    as_module = Path(sys.argv[0]).parts[-2:] == ("cli", "__main__.py")
     args.command_line = [
         *(("python", "-m", "chunkft_compile.cli") if as_module else ("chunkft",)),
         *(sys.argv[1:] if argv is None else argv),

@@ -117,9 +117,8 @@ class Training:
         config, number, start = self.config, self.history.step + 1, time.perf_counter()
         loss, tokens, norm = 0.0, 0, None
         for _ in range(config.accumulate):
-            batch = next(batches)
-            loss += _backward(self.model, batch, self.device, config.accumulate)
-            tokens += batch["input_ids"].numel()
+            part, read = _backward(self.model, next(batches), self.device, config.accumulate)
+            loss, tokens = loss + part, tokens + read
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {number} is {loss}: lower --lr or raise --warmup; nothing was saved")
         if config.clip:
@@ -149,7 +148,8 @@ class Training:
         )
 
 
-def _backward(model: Any, batch: Batch, device: torch.device, accumulate: int) -> float:
+def _backward(model: Any, batch: Batch, device: torch.device, accumulate: int) -> tuple[float, int]:
+    """The loss and the number of tokens. No batch is held from here to the next one: the plan does not count two."""
     loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss / accumulate
     loss.backward()
-    return float(loss.detach())
+    return float(loss.detach()), batch["input_ids"].numel()

@@ -59,12 +59,13 @@ def learned(template: str, *messages: tuple[str, str]) -> list[str]:
     made = tokenizer(template)
     ids, mask = ChatFormat(made).encode(chat(*messages))
     assert len(ids) == len(mask)
-    found, inside = [], False
+    found: list[list[int]] = []
+    inside = False
     for token, one in zip(ids, mask, strict=True):
         if one:
             found = [*found[:-1], [*found[-1], token]] if inside else [*found, [token]]
         inside = one
-    return [made.decode(tokens) for tokens in found]
+    return [str(made.decode(tokens)) for tokens in found]
 
 
 @pytest.mark.parametrize(

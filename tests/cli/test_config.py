@@ -18,7 +18,7 @@ from chunkft_compile.cli.options import flag
 
 Capture = pytest.CaptureFixture[str]
 
-NEEDED = {"model": Path("m"), "data": Path("d.txt"), "out": Path("o")}
+NEEDED: dict[str, Any] = {"model": Path("m"), "data": Path("d.txt"), "out": Path("o")}
 GIVEN = ["m", "--data", "d.txt", "--out", "o"]
 
 

@@ -41,22 +41,40 @@ def test_every_kind_of_event_is_documented_by_its_name_and_fields() -> None:
 def test_json_lines_tell_a_whole_run(model_dir: Path, text_file: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     arguments = ["train", str(model_dir), "--data", str(text_file), "--out", str(out), "--budget", "400kB", "--device", "cpu", "--json"]
-    arguments += ["--seq", "16", "--steps", "4", "--lr", "1e-2", "--eval-every", "2", "--checkpoint-every", "3", "--seconds", "1"]
+    arguments += [
+        "--seq",
+        "16",
+        "--steps",
+        "4",
+        "--lr",
+        "1e-2",
+        "--eval-every",
+        "2",
+        "--checkpoint-every",
+        "3",
+        "--seconds",
+        "1",
+        "--measure",
+    ]
     assert main(arguments) == 0
     said = capsys.readouterr()
     found = [json.loads(line) for line in said.out.splitlines()]
     names = ["plan", "eval", "step", "step", "eval", "step", "checkpoint", "step", "eval", "saved"]
     assert [one["event"] for one in found] == names
-    fields = {kind.event: {"event", *(field.name for field in dataclasses.fields(kind))} for kind in KINDS}
-    assert all(one.keys() == fields[one["event"]] for one in found)
+    documented = {kind.event: {"event", *(field.name for field in dataclasses.fields(kind))} for kind in KINDS}
+    assert all(one.keys() == documented[one["event"]] for one in found)
     plan, before, first, *_, last, saved = found
-    config = TrainConfig(**{name: Path(value) if name in ("model", "data", "out") else value for name, value in plan["config"].items()})
-    assert to_plain(config) == plan["config"]
+    fields: dict[str, Any] = {name: Path(value) if name in ("model", "data", "out") else value for name, value in plan["config"].items()}
+    assert to_plain(TrainConfig(**fields)) == plan["config"]
     assert plan["predicted_nbytes"] <= plan["budget_nbytes"] == 400_000
     assert (plan["step"], plan["steps"], plan["sequences"] + plan["held_out"]) == (0, 4, 55)
     assert (before["step"], before["best_step"]) == (0, None)
     assert (first["step"], first["tokens"], first["sweep_steps"]) == (1, 16, plan["sweep_steps"])
     assert first["grad_norm"] > 0
+    steps = [one for one in found if one["event"] == "step"]
+    measured = steps[-1]["measured_nbytes"]  # without the evaluation between the measured steps
+    assert steps[0]["measured_nbytes"] is None
+    assert 0.98 * plan["predicted_nbytes"] < measured <= plan["predicted_nbytes"]
     assert last["perplexity"] < before["perplexity"]
     assert saved == {
         "event": "saved",
@@ -85,12 +103,14 @@ def test_tensorboard_reads_what_was_written_and_what_a_resumed_run_takes_back(tm
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first, second = TensorBoard(tmp_path / "runs"), TensorBoard(tmp_path / "runs")
-    for one in (planned(0, 9), done(1, 3.0), done(2, 2.0), Evaluated(step=2, loss=1.5, perplexity=4.5), done(3, 7.0)):
+    before: list[Event] = [planned(0, 9), done(1, 3.0), done(2, 2.0), Evaluated(step=2, loss=1.5, perplexity=4.5), done(3, 7.0)]
+    for one in before:
         first.hear(one)
     first.close()
     accumulator = EventAccumulator(str(tmp_path / "runs")).Reload()
     assert [(one.step, one.value) for one in accumulator.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (3, 7.0)]
-    for one in (planned(2, 9), done(3, 1.0), Saved(step=3, path="x", perplexity_before=None, perplexity_after=None)):
+    after: list[Event] = [planned(2, 9), done(3, 1.0), Saved(step=3, path="x", perplexity_before=None, perplexity_after=None)]
+    for one in after:
         second.hear(one)
     second.close()
     accumulator = EventAccumulator(str(tmp_path / "runs")).Reload()

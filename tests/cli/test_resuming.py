@@ -45,7 +45,7 @@ def _in_backward(patch: pytest.MonkeyPatch, after: int, what: Callable[[], None]
     """Do something in the backward that follows `after` others."""
     backward, done = loop._backward, iter(range(100))
 
-    def disturbed(*arguments: Any) -> float:
+    def disturbed(*arguments: Any) -> tuple[float, int]:
         if next(done) == after:
             what()
         return backward(*arguments)

@@ -141,7 +141,13 @@ CASES = [
 def other(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Another model, its plan and a checkpoint of its training."""
     place = tmp_path_factory.mktemp("other")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=64, eos_token_id=256, **sizes)).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
     (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
