@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,11 @@ def test_a_dry_run_trains_and_writes_nothing_and_what_it_prints_runs(
     said = capsys.readouterr()
     assert "plan: " in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "text.txt"]
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    (plan_event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kept = yaml.safe_load(said.out)
+    assert plan_event["event"] == "plan"
+    assert plan_event["config"] == {**kept, "json": True}
     assert kept["lr"] == 1e-3
     assert kept["budget"] == "400kB"
     path = write(tmp_path, said.out)

@@ -13,7 +13,7 @@ from chunkft_compile.cli.config import TrainConfig
 from chunkft_compile.cli.configuring import to_plain
 from chunkft_compile.cli.events import Evaluated, Event, Planned, Saved, StepDone
 from chunkft_compile.cli.listeners import Bar, JsonLines, Listeners
-from chunkft_compile.cli.tensorboard import TensorBoard
+from chunkft_compile.cli.tensorboard import TensorBoard, check_tensorboard
 
 Capture = pytest.CaptureFixture[str]
 
@@ -132,6 +132,13 @@ def test_the_command_writes_for_tensorboard(model_dir: Path, text_file: Path, tm
     accumulator = EventAccumulator(str(tmp_path / "runs" / "one")).Reload()
     assert [one.step for one in accumulator.Scalars("train/grad_norm")] == [1, 2, 3]
     assert [one.step for one in accumulator.Scalars("eval/loss")] == [0, 3]
+
+
+def test_without_tensorboard_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_tensorboard(tmp_path / "runs" / "one")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package tensorboard: pip install 'chunkft_compile\[tensorboard\]'"):
+        check_tensorboard(tmp_path)
 
 
 def test_the_bar_shows_steps_and_writes_evaluations_beside_it(capsys: Capture) -> None:

@@ -1,7 +1,7 @@
 """`packing`: every example is whole, in one sequence, and has the loss that it has alone."""
 
+from contextlib import nullcontext
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from benchmarks.zoo import ZOO, Entry
 from chunkft_compile.packing import check_packing, pack
 from chunkft_compile.sequences import IGNORED, Row, Sequences, pad
 from tests.invariants.harness import compile_quickly
@@ -96,31 +96,28 @@ def test_packed_and_padded_losses_are_equal_for_each_example_and_in_training(att
     torch.autograd.backward(loss)
 
 
-def tiny(kind: str) -> Any:
+# the others take no position_ids, make no mask of them, or carry a state from token to token
+APART = {"Llama", "Mistral", "Qwen3", "Gemma-2", "Phi-3", "GPT-2", "GPT-NeoX", "Falcon", "Mixtral", "Qwen3-MoE", "DeepSeek-V3"}
+MIXED = {"OPT", "BLOOM", "GPT-OSS", "Mamba", "RecurrentGemma"}
+
+
+def difference(model: Any) -> float:
+    """Between the logits of an example behind another one and alone, part of the largest."""
+    first, second = torch.arange(8)[None], torch.arange(8)[None] + 8
+    with torch.no_grad():
+        alone = model(input_ids=second, use_cache=False).logits
+        behind = model(input_ids=torch.cat([first, second], 1), position_ids=torch.arange(8).repeat(2)[None], use_cache=False).logits[:, 8:]
+    return float((alone - behind).abs().max() / alone.abs().max())
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.name in APART | MIXED], ids=lambda entry: entry.name)
+def test_models_that_mix_packed_examples_are_refused_and_no_others(entry: Entry) -> None:
     torch.manual_seed(0)
-    if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64))
-    if kind == "bloom":
-        return BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4))
-    return MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_that_keep_packed_examples_apart(model_dir: Path, dtype: torch.dtype) -> None:
-    llama_: Any = LlamaForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    for model in (llama_, tiny("gpt2").to(dtype)):
-        model.train()
-        check_packing(model, "m")
-        assert model.training
-
-
-def test_models_that_do_not_are_refused(model_dir: Path) -> None:
-    for kind in ("bloom", "mamba"):
-        with pytest.raises(ValueError, match="--packing: m takes no position_ids"):
-            check_packing(tiny(kind), "m")
-    leaky: Any = LlamaForCausalLM.from_pretrained(model_dir)
-    forward = leaky.model.forward
-    # attends across: it gets a mask of its own, as in models that read position_ids for their rotations only
-    leaky.model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": torch.ones(1, 16, dtype=torch.long)})
-    with pytest.raises(ValueError, match="lets packed examples see each other"):
-        check_packing(leaky, "m")
+    model: Any = entry.build().eval()
+    apart = difference(model) < 1e-5
+    assert apart == (entry.name in APART)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).train()
+        with nullcontext() if apart else pytest.raises(ValueError, match=r"--packing: m (takes no position_ids|lets packed examples see)"):
+            check_packing(model, "m")
+            assert model.training
