@@ -42,7 +42,7 @@ from chunkft_compile.snapshots import (
     restore_groups,
     split_values,
     to_bytes,
-    weights,
+    weights_of,
 )
 
 _LOOP, _PLAN = "training.pt", "plan.json"
@@ -57,12 +57,14 @@ def save_checkpoint(
     scaler: Any = None,
     extra: Any = None,
     keep: int = 2,
+    weights: bool = True,
 ) -> Path:
     """Write everything that training goes on from to `directory/step-000120` (optimizer steps done) and give that path.
 
     `optimizer` is one, or all that train the model. `scheduler` and `scaler` (a `GradScaler`) are anything with `state_dict()`;
     `extra` is whatever the loop wants back (its place in the data), made of tensors, numbers, texts, lists and dicts. The last `keep`
-    checkpoints stay, older ones are removed once the new one is on the disk.
+    checkpoints stay, older ones are removed once the new one is on the disk. With `weights=False`, parameters and buffers of the model are
+    not in it: keep `model.state_dict()` beside it, and load that before `load_checkpoint`.
 
     Between two backwards of one step, gradients are kept too. Those that an optimizer step has used are not: going on starts like after
     `zero_grad()`. Raises `TrainingError` in the middle of a step (between forward and backward, or where `update="immediate"` waits for
@@ -77,7 +79,7 @@ def save_checkpoint(
     _refuse_overflow(session, held, scaler)
 
     session.stores.synchronize()  # stand-ins are read
-    named, tied = weights(session.model)
+    named, tied = weights_of(session.model) if weights else (None, {})
     tensors, plain = split_values(chunk_values(session, holders, held), session.chunks)
     standing = session.standing()
     loop = to_bytes(
@@ -99,16 +101,17 @@ def save_checkpoint(
 def _write(
     parent: Path,
     standing: Standing,
-    model: tuple[dict[str, torch.Tensor], dict[str, str]],
+    model: tuple[dict[str, torch.Tensor] | None, dict[str, str]],
     tensors: list[tuple[str, torch.Tensor]],
     loop: bytes,
     keep: int,
 ) -> Path:
     """All files of a checkpoint, then its name, then older ones go."""
     step, (named, tied) = standing.steps, model
-    nbytes = total_nbytes([*named.items(), *tensors]) + len(loop)
+    whole = list(named.items()) if named is not None else []
+    nbytes = total_nbytes([*whole, *tensors]) + len(loop)
     with new_directory(parent, step) as hidden, naming_the_need(free_name(parent, step), nbytes):
-        entries = write(hidden, "weights", named.items()) | write(hidden, "chunks", tensors)
+        entries = write(hidden, "weights", whole) | write(hidden, "chunks", tensors)
         (hidden / _LOOP).write_bytes(loop)
         if standing.plan is not None:
             (hidden / _PLAN).write_text(to_json(standing.plan), encoding="utf-8")
@@ -145,7 +148,7 @@ def load_checkpoint(
     with Archive(_found(Path(directory))) as archive:
         loop = _read_loop(archive)
         standing = standing_from_plain(loop["standing"], _read_plan(archive))
-        named, tied = weights(session.model)
+        named, tied = weights_of(session.model) if archive.manifest.about["weights"] is not None else ({}, {})
         _check_weights(archive.manifest, named, tied)
         if loop["extra_states"].keys() != extra_states(session.model).keys():
             raise CheckpointError("the checkpoint is of another model: other modules keep a state of their own (get_extra_state)")
@@ -222,12 +225,12 @@ def _state_of(one: Any) -> tuple[str, Any] | None:
     return None if one is None else (type(one).__name__, one.state_dict())
 
 
-def _about(standing: Standing, named: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, Any]:
+def _about(standing: Standing, named: Mapping[str, torch.Tensor] | None, tied: Mapping[str, str]) -> dict[str, Any]:
     return {
         "chunkft_compile": chunkft_compile.__version__,
         "torch": str(torch.__version__),
         "graph": standing.plan.fingerprint.graph if standing.plan is not None else None,
-        "weights": list(named),
+        "weights": None if named is None else list(named),
         "tied": dict(tied),
     }
 
@@ -270,7 +273,7 @@ def _read_plan(archive: Archive) -> Plan | None:
 
 def _check_weights(manifest: Manifest, named: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> None:
     here = {name: describe(tensor) for name, tensor in named.items()}
-    there = {name: (entry.dtype, entry.shape) for name in manifest.about["weights"] for entry in (manifest.tensors[name],)}
+    there = {name: (entry.dtype, entry.shape) for name in manifest.about["weights"] or () for entry in (manifest.tensors[name],)}
     for name in [*there, *here]:
         if here.get(name) != there.get(name):
             raise CheckpointError(

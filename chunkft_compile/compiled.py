@@ -18,6 +18,7 @@ from chunkft_compile.planner.problem import Chunk as SizedChunk
 from chunkft_compile.planner.problem import Link, Placement, Places, Problem, Schedule, Step
 from chunkft_compile.planner.problem import Update as When
 from chunkft_compile.planner.program import Timeline, simulate
+from chunkft_compile.planner.traces import Trace, trace_program
 from chunkft_compile.probing import Probe, probe
 from chunkft_compile.runtime.chunks import Chunk, rows_nbytes, storage_nbytes
 from chunkft_compile.runtime.optimizers import OptimizerCost
@@ -156,6 +157,12 @@ class Compiled:
         if assembled not in self._timelines:
             self._timelines[assembled] = simulate(assembled.program)
         return self._timelines[assembled]
+
+    def trace(self, problem: Problem, step: Step, places: Places) -> Trace:
+        """What happens in a step, for reports; `problem` names the parts."""
+        accumulating = problem.accumulating
+        program = self.program(step, places, accumulating=accumulating).program
+        return trace_program(problem, step, places, program, self.timeline(step, places, accumulating=accumulating))
 
     def exact(self, schedule: Schedule, *, accumulating: bool) -> Schedule:
         """`schedule` with the exact peak and time of every step in place of the planner's bound."""

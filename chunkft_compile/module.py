@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from chunkft_compile.appearance import showing_forward_of
 from chunkft_compile.assembly import Assembled
 from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
@@ -174,6 +175,14 @@ class ChunkedModule(nn.Module):
     """
 
     module: nn.Module
+
+    def __new__(cls, model: nn.Module, device: torch.device, options: Options) -> "ChunkedModule":
+        return super().__new__(showing_forward_of(type(model), cls))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
+        """That of the model, see `appearance`."""
+        return type(self.module)
 
     def __init__(self, model: nn.Module, device: torch.device, options: Options) -> None:
         super().__init__()
@@ -356,8 +365,8 @@ class ChunkedModule(nn.Module):
 
     def _training_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without a key-value cache: it is an output that training does not keep, and filling it copies keys and values."""
-        if "use_cache" in kwargs or not getattr(getattr(self.module, "config", None), "use_cache", False):
-            return kwargs
+        if "use_cache" in kwargs or getattr(getattr(self.module, "config", None), "use_cache", None) is None:
+            return kwargs  # where the config says False it is passed nevertheless: the Trainer changes that, and it is no other call
         return {**kwargs, "use_cache": False} if "use_cache" in inspect.signature(self.module.forward).parameters else kwargs
 
     def _refuse_overlap(self) -> None:
@@ -381,6 +390,9 @@ class ChunkedModule(nn.Module):
         for name, parameter in self.module.named_parameters(remove_duplicate=remove_duplicate):
             if name not in trained and not parameter.requires_grad:
                 yield dot + name, parameter
+
+    def __repr__(self) -> str:
+        return f"ChunkedModule({self.module!r})"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, with its own names."""
@@ -414,11 +426,11 @@ class ChunkedModule(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ChunkedModule":
-        """`.to()`, `.half()` and the like, as long as they change nothing."""
+        """`.to()`, `.half()` and the like, as long as they change nothing. To the device of `compile()` weights go as the plan says."""
         for name, parameter in self.module.named_parameters():
             sample = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             moved = fn(sample)
-            if moved.dtype != sample.dtype or moved.device != sample.device:
+            if moved.dtype != sample.dtype or moved.device not in (sample.device, self._device):
                 raise RuntimeError(
                     f"{name} would go from {sample.dtype} on {sample.device} to {moved.dtype} on {moved.device}, away from its chunks; "
                     f"move or cast the model before compile()"

@@ -176,7 +176,7 @@ class OfflineModel:
             torch=str(torch.__version__),
             precision=str(self.precision),
         )
-        return Plan(made_for, problem, schedule, lowered=False)
+        return Plan(made_for, problem, schedule)
 
     def _trace(self, config: Any, shape: Shape, dtype: torch.dtype) -> None:
         """Capture the model of `config`, which is the one to plan for or a shallow one."""

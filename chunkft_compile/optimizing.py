@@ -14,6 +14,7 @@ from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.optimizers import OptimizerCost
 from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.runtime.precision_costs import measure_update
+from chunkft_compile.runtime.supported import warn_of_lost_decay
 from chunkft_compile.runtime.updates import Updater
 
 
@@ -34,6 +35,8 @@ class Optimizing:
         cost = self._measure(found, self._chunks)
         self._mover.keep(cost.tables)
         self._known = frozenset(type(optimizer) for optimizer in found)
+        for optimizer in found:
+            warn_of_lost_decay(optimizer)
         return cost
 
     def of_chunks(self, chunks: Sequence[Chunk]) -> OptimizerCost:

@@ -21,7 +21,7 @@ Plain = dict[str, dict[str, dict[str, Any]]]
 """Values that are no tensors, by mark, chunk and name."""
 
 
-def weights(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def weights_of(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All parameters and buffers in their own memory, each once; and the further names of tied ones, with the first.
 
     Buffers that `state_dict()` leaves out are among them: a model may change them while it trains.

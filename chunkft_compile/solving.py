@@ -154,7 +154,8 @@ def describe_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
 
 def kept(compiled: Compiled, problem: Problem, schedule: Schedule) -> Plan:
     """The schedule of this signature to keep, and the question it answers."""
-    return Plan(fingerprint(compiled, accumulating=problem.accumulating), problem, schedule, lowered=True)
+    traces = tuple(compiled.trace(problem, step, schedule.places) for step in schedule.steps)
+    return Plan(fingerprint(compiled, accumulating=problem.accumulating), problem, schedule, traces)
 
 
 def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:

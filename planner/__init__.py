@@ -1,6 +1,6 @@
 """The planner: a `Problem` of integers in, a `Schedule` out. Imports no torch."""
 
-from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, check_fingerprint
+from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, check_fingerprint, traces_of
 from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.methods import method_problem, restrict
@@ -24,15 +24,19 @@ from chunkft_compile.planner.problem import (
 from chunkft_compile.planner.program import Instruction, Moment, Op, Program, Timeline, simulate
 from chunkft_compile.planner.residency import place_state, transfer_us
 from chunkft_compile.planner.schedules import format_schedule, from_json, to_json
+from chunkft_compile.planner.traces import Category, Instant, Lifetime, Trace
 from chunkft_compile.planner.verifying import VerifyError, verify
 
 __all__ = [
     "BudgetError",
+    "Category",
     "Chunk",
     "Cost",
     "Fingerprint",
+    "Instant",
     "Instruction",
     "Kind",
+    "Lifetime",
     "Link",
     "Moment",
     "Op",
@@ -49,6 +53,7 @@ __all__ = [
     "Step",
     "StepsError",
     "Timeline",
+    "Trace",
     "Update",
     "VerifyError",
     "budget_error",
@@ -64,6 +69,7 @@ __all__ = [
     "simulate",
     "smallest_budget",
     "to_json",
+    "traces_of",
     "transfer_us",
     "verify",
 ]

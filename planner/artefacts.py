@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from chunkft_compile.planner.problem import Problem, Schedule
+from chunkft_compile.planner.traces import Trace, trace_bound
 
 _SHOWN = 3  # names in an error message
 
@@ -28,12 +29,29 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A schedule with its problem, and the fingerprint of what it runs on. Steps state exact peaks and times if `lowered`."""
+    """A schedule with its problem, and the fingerprint of what it runs on.
+
+    `traces` are those of its programs, one for each step; none where it was planned for a device that was not there.
+    """
 
     fingerprint: Fingerprint
     problem: Problem
     schedule: Schedule
-    lowered: bool
+    traces: tuple[Trace, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.traces and [trace.peak_nbytes for trace in self.traces] != [step.peak_nbytes for step in self.schedule.steps]:
+            raise ValueError("the traces of a plan are those of its steps, with the same peaks")
+
+    @property
+    def lowered(self) -> bool:
+        """Whether its steps state the exact peaks and times of programs."""
+        return bool(self.traces)
+
+
+def traces_of(planned: Plan) -> tuple[Trace, ...]:
+    """The trace of every step: exact where the plan was lowered, else the planner's bound."""
+    return planned.traces or tuple(trace_bound(planned.problem, step, planned.schedule.places) for step in planned.schedule.steps)
 
 
 class PlanMismatch(ValueError):

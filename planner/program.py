@@ -155,7 +155,7 @@ class Timeline:
         return max(self.moments, key=lambda moment: moment.peak_nbytes)
 
 
-class _Values:
+class Values:
     """The values that are live, and the storages behind them. Sizes are returned, never added up here."""
 
     def __init__(self, program: Program) -> None:
@@ -280,7 +280,7 @@ def simulate(program: Program) -> Timeline:
     updated without a gradient, without its state or weights, or twice; where state or weights are fetched twice, or freed
     unfetched or with changes that the store does not have.
     """
-    values, moves, clock, gradients = _Values(program), _Moves(program), Clock(overlaps=program.overlaps), set[int]()
+    values, moves, clock, gradients = Values(program), _Moves(program), Clock(overlaps=program.overlaps), set[int]()
     live = program.base_nbytes + (sum(program.grad_nbytes.values()) if program.accumulating else 0)
     moments = []
     for number, step in enumerate(program.instructions):

@@ -14,13 +14,14 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, Places, Problem, Schedule, Segment, Step
 from chunkft_compile.planner.residency import transfer_us
+from chunkft_compile.planner.traces import Instant, Lifetime, Trace
 from chunkft_compile.planner.units import format_nbytes, format_us
 
-VERSION = 3
+VERSION = 4
 
 Stored = TypeVar("Stored", Problem, Schedule, Plan)
 
-_STORED = (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places, Plan, Fingerprint)
+_STORED = (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places, Plan, Fingerprint, Trace, Instant, Lifetime)
 
 
 def to_json(value: Problem | Schedule | Plan) -> str:

@@ -10,11 +10,17 @@ from chunkft_compile.planner.problem import Cost, Role, Update
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the chunks of a step add to the backward of each segment, and the HELD update of all of them in microseconds."""
+    """What the chunks of a step add to the backward of each segment, and the HELD update of all of them."""
 
     compute_us: tuple[int, ...]
     transfers: tuple[Transfer, ...]
-    held_us: int
+    update_us: int
+    update_moves: Transfer
+
+    @property
+    def held_us(self) -> int:
+        """Time of the HELD update."""
+        return self.update_moves.with_compute(self.update_us)
 
 
 def work_of(ground: Ground, chunks: Sequence[int], update: Update) -> Work:
@@ -31,7 +37,7 @@ def work_of(ground: Ground, chunks: Sequence[int], update: Update) -> Work:
         else:
             update_us += chunk.update_us
             moves += ground.state_moves[index] + ground.weight_in[index] + ground.weight_out[index]
-    return Work(tuple(compute), tuple(transfers), moves.with_compute(update_us))
+    return Work(tuple(compute), tuple(transfers), update_us, moves)
 
 
 def segment_us(ground: Ground, segment: int, cost: Cost, role: Role, work: Work) -> int:

@@ -75,6 +75,16 @@ class Guard:
 
     def __init__(self, gauge: Gauge | None, names: Sequence[str], log: StepLog, *, strict: bool) -> None:
         self.gauge, self.names, self.log, self.strict = gauge, names, log, strict
+        self._peak_nbytes: int | None = None
+
+    def take_peak(self) -> int | None:
+        """The most bytes that instructions had live since this was asked before; None where nobody measured."""
+        found, self._peak_nbytes = self._peak_nbytes, None
+        return found
+
+    def note_peak(self, nbytes: int) -> None:
+        """An instruction had so many bytes live."""
+        self._peak_nbytes = max(self._peak_nbytes or 0, nbytes)
 
     def watch(self, program: Program, timeline: Timeline, title: str, absent_nbytes: int, unmade: Mapping[int, int] | None = None) -> Watch:
         """For one run of `program`, or of its updates. `absent_nbytes`: counted as there from the start, but not yet made.
@@ -134,6 +144,7 @@ class _Watching(Watch):
         instruction, moment = self._program.instructions[number], self._moments[number]
         measured = Moment(moment.op, moment.segment, before, peak - self._others_nbytes, self._live_nbytes, 0)
         self._guard.log.note(measured, moment)
+        self._guard.note_peak(measured.peak_nbytes)
         if instruction.op is Op.UPDATE:
             self._updated += instruction.chunks
         over = measured.peak_nbytes > moment.peak_nbytes or measured.after_nbytes > moment.after_nbytes

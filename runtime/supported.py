@@ -1,5 +1,6 @@
 """Optimizers that would train chunks otherwise than whole parameters, or not train them at all, are refused before they do."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,18 @@ def refuse_unsupported(optimizer: Optimizer, chunks: Sequence[Chunk]) -> None:
     _refuse_parts_of_matrices(optimizer, chunks)
     _refuse_overrides(optimizer, chunks)
     _refuse_replaced_data(optimizer, chunks)
+
+
+def warn_of_lost_decay(optimizer: Optimizer) -> None:
+    """Say where a parameter group that decays is empty and another one does not: names of parameters are not those of chunks."""
+    rates = [group.get("weight_decay") for group in optimizer.param_groups if not group["params"]]
+    if rate := next(filter(None, rates), None):
+        warnings.warn(
+            f"the group of {type(optimizer).__name__} with weight_decay={rate:g} is empty, so nothing is decayed. Chunks are named "
+            f"fqn[start:stop] in named_parameters(): choose by the name before the bracket. Under the Trainer of transformers, "
+            f"chunkft_compile.integrations.transformers does",
+            stacklevel=2,
+        )
 
 
 def _refuse_parts_of_matrices(optimizer: Optimizer, chunks: Sequence[Chunk]) -> None:

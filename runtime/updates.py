@@ -189,6 +189,7 @@ class Updater:
         self._acknowledge(optimizer, mine)
         ready = {number for number in mine if self._chunks[number].leaf.grad is not None}
         if not ready:
+            self._refuse_bypassed()
             return
         self._evict({number: optimizer for number in mine if number not in self._prefetched})
         gradients = {number: grad for number in ready if (grad := self._chunks[number].leaf.grad) is not None}
@@ -302,6 +303,16 @@ class Updater:
         for number in numbers:
             if self._applier is not None:
                 self._applier.applied.pop(number, None)
+
+    def _refuse_bypassed(self) -> None:
+        """No chunk has a gradient. Raise `TrainingError` if weights have: a part of the model was called by itself."""
+        name = next((chunk.param for chunk in self._chunks if chunk.weight.grad is not None), None)
+        if name is not None and not self.adopts:
+            raise TrainingError(
+                f"{name} itself has a gradient, and no chunk has: a part of the model was called and not the compiled model, so nothing "
+                f"was planned, and optimizer.step() would train nothing. Call the compiled model (TRL's SFTTrainer does not: take "
+                f"chunkft_compile.integrations.trl)"
+            )
 
     def _evict(self, holders: Mapping[int, Optimizer]) -> None:
         """Send state away that should not be on the device: `load_state_dict` puts all of it there, and so does a broken step."""

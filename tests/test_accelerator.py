@@ -349,6 +349,7 @@ def _run_streamed(device: SimDevice, **settings: Any) -> dict[str, Any]:
     weights = sum(p.nbytes for p in plain.parameters())
     budget = int(0.9 * weights)
     model = chunkft_compile.compile(copy.deepcopy(plain), budget, device="sim", solve_seconds=1.0, **settings)
+    model.to("sim")  # trainers do: weights go as the plan says, and all of them would not fit
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)  # where gradients are rounding, updates are none
     schedule = model.plan(**_on_device(models.token_batch()))
     batches = [models.token_batch(seed) for seed in range(2 * len(schedule.steps))]

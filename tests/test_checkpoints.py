@@ -67,6 +67,22 @@ def test_weights_are_plain_safetensors_with_tied_ones_once(tmp_path: Path) -> No
         load_checkpoint(checkpoint, untied, _adamw(untied))
 
 
+def test_weights_kept_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan_by_hand(monkeypatch, (HELD, HELD))
+    whole, resumed = _model(), _model()
+    optimizer, again = _adamw(whole), _adamw(resumed)
+    _train(whole, optimizer, [0])
+    checkpoint = save_checkpoint(tmp_path, whole, optimizer, weights=False)
+    assert not list(checkpoint.glob("weights-*"))
+    kept = {name: weight.clone() for name, weight in whole.state_dict().items()}
+    _train(whole, optimizer, [1, 2])
+    resumed.load_state_dict(kept)
+    load_checkpoint(tmp_path, resumed, again)
+    _train(resumed, again, [1, 2])
+    _same_weights(resumed, whole)
+    assert resumed.progress == whole.progress
+
+
 def test_frozen_weights_and_buffers_are_in_it(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     model[0].weight.requires_grad_(False)

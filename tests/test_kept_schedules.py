@@ -10,7 +10,7 @@ from torch import nn
 
 import chunkft_compile
 from chunkft_compile import ChunkedModule, PlanMismatch
-from chunkft_compile.planner import Placement, Plan, Update, from_json, to_json
+from chunkft_compile.planner import Category, Placement, Plan, Update, from_json, to_json
 from tests.conftest import Workshop
 from tests.models import llama, token_batch
 
@@ -136,7 +136,7 @@ def test_files_that_are_no_plans_are_refused(written: Path, tmp_path: Path) -> N
     (tmp_path / "other.json").write_text(to_json(planned.schedule))
     with pytest.raises(ValueError, match="holds a 'Schedule', expected a 'Plan'"):
         _compiled(schedule=tmp_path / "other.json")
-    short = replace(planned, schedule=replace(planned.schedule, steps=planned.schedule.steps[1:]))
+    short = replace(planned, schedule=replace(planned.schedule, steps=planned.schedule.steps[1:]), traces=planned.traces[1:])
     (tmp_path / "short.json").write_text(to_json(short))
     with pytest.raises(ValueError, match="is not a plan: the schedule never trains"):
         _compiled(schedule=tmp_path / "short.json")
@@ -181,3 +181,27 @@ def test_a_refused_budget_names_the_largest_tensors() -> None:
     assert len(lines[lines.index("the largest tensors then:") + 1 :]) == 3
     assert "backward block 0 needs it" in str(caught.value)
     assert all("float32" in line for line in lines[-3:])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {Category.GRADIENTS, Category.SAVED}),
+        ({"accumulation": True}, {Category.GRADIENTS}),
+        ({"update": "immediate"}, {Category.GRADIENTS}),
+        ({"options": ["inputs", "offload"]}, {Category.SAVED}),
+        ({"state": ["disk"]}, {Category.STATE}),
+        ({"weights": ["disk"], "budget": 2 * BUDGET}, {Category.STAGING}),
+    ],
+    ids=str,
+)
+def test_every_byte_of_a_program_is_in_its_trace(options: dict[str, Any], expected: set[Category], tmp_path: Path) -> None:
+    model, optimizer = _compiled(**{"budget": BUDGET, **options})
+    model.plan(**token_batch())
+    model.save_schedule(tmp_path / "plan.json")  # raises where lifetimes do not add up to the bytes of `simulate`
+    planned = from_json((tmp_path / "plan.json").read_text(), Plan)
+    for step, trace in zip(planned.schedule.steps, planned.traces, strict=True):
+        assert sum(lifetime.nbytes for lifetime in trace.live_at(trace.binding)) == step.peak_nbytes
+        assert sum(instant.us for instant in trace.instants) == step.us
+        assert expected < {lifetime.category for lifetime in trace.lifetimes}
+    del optimizer

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import logging
 import weakref
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from chunkft_compile import ChunkedModule, last_programs
+from chunkft_compile.appearance import showing_forward_of
 from chunkft_compile.errors import TrainingError
 from tests.conftest import Workshop
 from tests.invariants.harness import compile_quickly, slice_of, smallest_nbytes
@@ -51,6 +53,27 @@ def test_attributes_and_names_are_the_models() -> None:
         _ = model.nothing_like_this
     with pytest.raises(TrainingError, match=r"there is no plan yet: call model\.plan\(\*\*batch\), or train one batch"):
         _ = model.progress
+
+
+def test_its_class_and_what_forward_takes_are_the_models() -> None:
+    """By these trainers choose how to save, which columns are labels, and what to pass."""
+    plain = LLAMA.build()
+    model = compile_quickly(plain, PLENTY)
+    for kind in (ChunkedModule, transformers.PreTrainedModel, transformers.LlamaForCausalLM, nn.Module):
+        assert isinstance(model, kind)
+    assert not isinstance(model, transformers.GPT2LMHeadModel)
+    assert model.__class__ is type(plain)
+    assert type(model) is not type(plain)
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert list(inspect.signature(compile_quickly(Mlp(), PLENTY).forward).parameters) == ["x"]
+    assert repr(model) == f"ChunkedModule({plain!r})"
+
+
+def test_a_model_whose_forward_tells_no_signature() -> None:
+    class Nothing(Mlp):
+        forward = None  # type: ignore[assignment]
+
+    assert showing_forward_of(Nothing, ChunkedModule) is ChunkedModule
 
 
 def test_named_parameters_are_rows_of_the_weights() -> None:

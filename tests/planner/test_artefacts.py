@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, check_fingerprint
+from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, check_fingerprint, traces_of
 from chunkft_compile.planner.schedules import from_json, to_json
 from tests.planner.test_schedules import PROBLEM, SCHEDULE
 
@@ -10,10 +10,19 @@ HERE = Fingerprint("abc", ("a[0:2]", "a[2:4]", "b[0:1]"), ("input_ids int64 [1, 
 
 
 def test_a_plan_survives_a_round_trip() -> None:
-    plan = Plan(HERE, PROBLEM, SCHEDULE, lowered=True)
-    assert from_json(to_json(plan), Plan) == plan
+    offline = Plan(HERE, PROBLEM, SCHEDULE)
+    plan = replace(offline, traces=traces_of(offline))
+    assert (offline.lowered, plan.lowered) == (False, True)
+    for kept in (offline, plan):
+        assert from_json(to_json(kept), Plan) == kept
     with pytest.raises(ValueError, match="holds a 'Schedule', expected a 'Plan'"):
         from_json(to_json(SCHEDULE), Plan)
+
+
+def test_traces_are_those_of_the_steps() -> None:
+    traces = traces_of(Plan(HERE, PROBLEM, SCHEDULE))
+    with pytest.raises(ValueError, match="those of its steps"):
+        Plan(HERE, PROBLEM, SCHEDULE, (replace(traces[0], instants=traces[0].instants[:1]), *traces[1:]))
 
 
 def test_the_same_is_accepted() -> None:

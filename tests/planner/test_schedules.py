@@ -72,7 +72,7 @@ def test_schedules_survive_a_round_trip() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 3', '"version": 2', "has version 2, this library reads version 3"),
+        ('"version": 4', '"version": 2', "has version 2, this library reads version 4"),
         ('"type": "Schedule"', '"type": "Problem"', "holds a 'Problem', expected a 'Schedule'"),
         ('"status"', '"mood"', "Schedule has the unknown field 'mood'"),
         ('"update": "held"', '"update": "later"', "update must be one of held, immediate, got 'later'"),

@@ -1,0 +1,1 @@
+"""Compiled models in other libraries' training loops. Each module needs its library, and nothing else imports it."""
