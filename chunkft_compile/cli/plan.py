@@ -8,7 +8,7 @@ from typing import Any
 from chunkft_compile.budget import format_nbytes, parse_budget
 from chunkft_compile.cli.choices import add_ingredients, add_method, add_optimizer, add_places, add_precision, add_search, add_update
 from chunkft_compile.cli.offline import Question, is_offline, offline_budget, say_modelled
-from chunkft_compile.cli.options import DTYPES, add_common, pick_device
+from chunkft_compile.cli.options import DTYPES, add_common, check_writable, pick_device
 from chunkft_compile.cli.planned import PlanConfig, planned_model, say
 from chunkft_compile.offline import OfflineModel, Shape, smallest_offline
 from chunkft_compile.planner import BudgetError, Schedule, StepsError, Update, format_schedule, plan, plan_method
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print. Cheap refusals come before the model is loaded."""
     if args.json is not None:
-        _check_writable(args.json)
+        check_writable(args.json, "--json")
     return _run_offline(args) if is_offline(args.model, args.device) else _run_here(args)
 
 
@@ -172,10 +172,3 @@ def _smallest_for(name: str, question: Question, model: OfflineModel, too_small:
         middle = (too_small + enough) // 2
         too_small, enough = (too_small, middle) if fits(middle) else (middle, enough)
     return enough
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(
-            f"--json {path} cannot be written: {'it' if path.is_dir() else path.parent} is {'' if path.is_dir() else 'not '}a directory"
-        )
