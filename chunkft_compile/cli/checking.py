@@ -126,5 +126,9 @@ def _check_outputs(config: TrainConfig) -> None:
         raise ValueError(f"checkpoints of --out {config.out} cannot be written: {checkpoints} is not a directory")
     if config.plan_json is not None:
         check_writable(config.plan_json, "--plan-json")
+    if config.record is not None:
+        check_writable(config.record, "--record")
+        if config.record.exists():
+            raise ValueError(f"--record {config.record} is there already, and may be another run: name another file, or remove it")
     if config.tensorboard is not None:
         check_tensorboard(config.tensorboard)

@@ -108,6 +108,9 @@ class TrainConfig:
 
     json: bool = chosen(Option("progress on stdout, one JSON object a line; text for people stays on stderr", False, title=_REPORTS))
     tensorboard: Path | None = chosen(Option("write scalars for TensorBoard there", parse=Path, metavar="DIR", title=_REPORTS))
+    record: Path | None = chosen(
+        Option("write what each step really takes to this new file, for chunkft report --run", parse=Path, metavar="FILE", title=_REPORTS)
+    )
     plan_json: Path | None = chosen(Option("write the plan to this file, for --schedule", parse=Path, metavar="FILE", title=_REPORTS))
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from chunkft_compile.cli.tensorboard import TensorBoard
 from chunkft_compile.packing import pack
 from chunkft_compile.planner import Schedule
 from chunkft_compile.pretrained import load_tokenizer, replace_directory, save_model
+from chunkft_compile.recording import record
 from chunkft_compile.sequences import Sequences, encode, pad, shuffled_batches, split
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def fine_tune(config: TrainConfig, *, command: Sequence[str] | None = None) -> T
         before = None if config.resume else _score(run, model, "before", 0, tell)
         watch, start = _watch(run, model), time.perf_counter()
         with Stop() as stop, _telling_how_to_go_on(training, tell, stop, command):
-            training.run(shuffled_batches(run.data, config.batch, seed=config.seed), watch, _evaluation(run, model, stop), tell, stop)
+            with _recorded(config, training):
+                batches = shuffled_batches(run.data, config.batch, seed=config.seed)
+                training.run(batches, watch, _evaluation(run, model, stop), tell, stop)
             seconds = time.perf_counter() - start
             after = _after(run, training, tell, stop)
             _save(run, training)
@@ -279,6 +282,17 @@ def _after(run: _Run, training: Training, tell: Tell, stop: Stop) -> float | Non
     assert saved is not None, "there are scores"
     say(f"held-out perplexity after: {saved.perplexity:.2f} (step {saved.step})")
     return saved.perplexity
+
+
+@contextlib.contextmanager
+def _recorded(config: TrainConfig, training: Training) -> Iterator[None]:
+    """What the steps inside take is written down, where that is wanted."""
+    if config.record is None:
+        yield
+        return
+    with record(training.model, config.record) as recording:
+        training.note_loss = recording.note_loss
+        yield
 
 
 def _save(run: _Run, training: Training) -> None:

@@ -6,7 +6,7 @@ Nothing in it knows about chunks but what it tells its listeners. Between two st
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, warmup=config.warmup, steps=config.steps, shape=config.lr_schedule)
         )
+        self.note_loss: Callable[[float], None] = lambda loss: None  # of every step, before it is applied
         self.history = History()
         self.kept: tuple[int, Path] | None = None  # the step of the last checkpoint, and where it is
         model.train()
@@ -123,6 +124,7 @@ class Training:
             raise FloatingPointError(f"the loss of step {number} is {loss}: lower --lr or raise --warmup; nothing was saved")
         if config.clip:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        self.note_loss(loss)
         progress = self.model.progress  # optimizer.step() moves it on
         (lr, *_) = self.scheduler.get_last_lr()
         self.optimizer.step()

@@ -14,6 +14,8 @@ from chunkft_compile.cli.configuring import to_plain
 from chunkft_compile.cli.events import Evaluated, Event, Planned, Saved, StepDone
 from chunkft_compile.cli.listeners import Bar, JsonLines, Listeners
 from chunkft_compile.cli.tensorboard import TensorBoard, check_tensorboard
+from chunkft_compile.reports.runs import compare, read_run
+from chunkft_compile.solving import read_plan
 
 Capture = pytest.CaptureFixture[str]
 
@@ -132,6 +134,17 @@ def test_the_command_writes_for_tensorboard(model_dir: Path, text_file: Path, tm
     accumulator = EventAccumulator(str(tmp_path / "runs" / "one")).Reload()
     assert [one.step for one in accumulator.Scalars("train/grad_norm")] == [1, 2, 3]
     assert [one.step for one in accumulator.Scalars("eval/loss")] == [0, 3]
+
+
+def test_the_command_records_what_steps_take(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(model_dir), "--data", str(text_file), "--budget", "1GB", "--out", str(tmp_path / "out")]
+    arguments += ["--seq", "16", "--steps", "3", "--record", str(tmp_path / "run.jsonl"), "--plan-json", str(tmp_path / "plan.json")]
+    assert main(arguments) == 0
+    run = read_run(tmp_path / "run.jsonl")
+    assert [step.loss is not None for step in run.steps] == [True] * 3
+    assert compare(read_plan(tmp_path / "plan.json"), run).steps[0].sweeps >= 1
+    assert main([*arguments, "--overwrite"]) == 1  # the first run is not lost
+    assert read_run(tmp_path / "run.jsonl") == run
 
 
 def test_without_tensorboard_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
