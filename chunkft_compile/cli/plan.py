@@ -15,6 +15,7 @@ from chunkft_compile.planner import BudgetError, Schedule, StepsError, Update, f
 from chunkft_compile.planner.devices import DEVICES
 from chunkft_compile.pretrained import check_model
 from chunkft_compile.solving import write_plan
+from chunkft_compile.writing import check_target
 
 _EPILOG = """\
 examples:
@@ -54,7 +55,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print. Cheap refusals come before the model is loaded."""
     if args.json is not None:
-        _check_writable(args.json)
+        check_target(args.json, "--json")
     return _run_offline(args) if is_offline(args.model, args.device) else _run_here(args)
 
 
@@ -172,10 +173,3 @@ def _smallest_for(name: str, question: Question, model: OfflineModel, too_small:
         middle = (too_small + enough) // 2
         too_small, enough = (too_small, middle) if fits(middle) else (middle, enough)
     return enough
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(
-            f"--json {path} cannot be written: {'it' if path.is_dir() else path.parent} is {'' if path.is_dir() else 'not '}a directory"
-        )

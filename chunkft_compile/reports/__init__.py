@@ -1,0 +1,1 @@
+"""What plans promise and what runs took, for people to look at."""
