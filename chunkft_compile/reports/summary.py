@@ -49,7 +49,7 @@ def steps_word(count: int) -> str:
 def how_sure(planned: Plan) -> str:
     """Nobody should take a model for a measurement."""
     if planned.lowered:
-        return f"Peaks are exact, those of the programs that run; times add up operators that were measured on the {planned.fingerprint.device}."
+        return "Peaks are exact, those of the programs that run; times add up operators that were measured."
     return f"Modelled, not measured: nothing ran on {planned.fingerprint.device}; peaks are the planner's bound, times a roofline."
 
 
