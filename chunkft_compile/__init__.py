@@ -5,6 +5,7 @@ from chunkft_compile.errors import BudgetError, CaptureError, CheckpointError, M
 from chunkft_compile.examining import examine
 from chunkft_compile.loading import load
 from chunkft_compile.module import ChunkedModule, Progress, compile, last_programs
+from chunkft_compile.recording import record
 
 __version__ = "0.1.0"
 
@@ -23,5 +24,6 @@ __all__ = [
     "latest_checkpoint",
     "load",
     "load_checkpoint",
+    "record",
     "save_checkpoint",
 ]

@@ -316,7 +316,7 @@ class ChunkedModule(nn.Module):
         sources = {value: tensor for value, tensor in sources.items() if value not in assembled.streamed}
         offloader = Offloader(session.stores)
         leaves, stepper = {number: self.chunks[number].leaf for number in step.chunks}, session.stepper(compiled, step)
-        watch = session.watch(compiled, step)
+        watch = session.watch(compiled, step, exact=start.exact)
         run = Run(
             assembled.program,
             start.calls,

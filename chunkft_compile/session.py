@@ -26,6 +26,7 @@ from chunkft_compile.planner.options import choose_options
 from chunkft_compile.planner.program import Instruction
 from chunkft_compile.readable import readable
 from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, translated
+from chunkft_compile.run_writer import Recording, Running
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Call, Stepper
 from chunkft_compile.runtime.guard import Watch, open_guard
@@ -89,6 +90,7 @@ class Session:
         self._number = {id(chunk): number for number, chunk in enumerate(self.chunks)}
         self.steps = 0
         self.guard = open_guard(device, [chunk.name for chunk in self.chunks], [*model.parameters(), *model.buffers()])
+        self.recording: Recording | None = None
         self._watch = Watch()
         self._costs = OperatorCosts(device)
         maker = ModelMaker(
@@ -270,19 +272,25 @@ class Session:
             trace_program(assembled, names)
         return fit.calls(assembled) if self.inductor is None or fit.twin is not None else self.inductor.calls(assembled, names)
 
-    def watch(self, compiled: Compiled, step: Step) -> Watch:
-        """What the run of a step, or of its updates, reports to."""
+    def watch(self, compiled: Compiled, step: Step, *, exact: bool = True) -> Watch:
+        """What the run of a step, or of its updates, reports to. Unless `exact`, the batch is smaller than the planned one."""
         planned, accumulating = self.planned, self.accumulating
         timeline = compiled.timeline(step, planned.schedule.places, accumulating=accumulating)
-        program = self.program(compiled, step).program
+        assembled = self.program(compiled, step)
+        program = assembled.program
         without_state = self._updater.without_state()
         absent_nbytes = compiled.setting.absent_nbytes(without_state, planned.schedule.resident)
         unmade = {number: compiled.setting.state_nbytes(number) for number in without_state.intersection(step.chunks)}
         if accumulating:
             absent_nbytes += sum(nbytes for number, nbytes in program.grad_nbytes.items() if self.chunks[number].leaf.grad is None)
         title = f"step {planned.position + 1} of {len(planned.schedule.steps)}, sweep {planned.count + 1}"
-        self._watch = self.guard.watch(program, timeline, title, absent_nbytes, unmade)
-        return self._watch
+        watch = self.guard.watch(program, timeline, title, absent_nbytes, unmade)
+        if self.recording is not None:
+            assert self.problem is not None, "a plan answers a question"
+            running = Running(compiled, self.problem, planned.schedule, step, assembled, number=self.steps, sweep=planned.count)
+            watch = self.recording.watch(watch, running, exact=exact)
+        self._watch = watch
+        return watch
 
     def programs(self) -> tuple[str, ...]:
         """What each step of the sweep runs. Raises `TrainingError` before there is a plan."""
@@ -456,6 +464,8 @@ class Session:
         if self.planned.stepped(numbers):
             self.steps += 1
             self.guard.log.finish()
+            if self.recording is not None:
+                self.recording.complete(self.stores.traffic)
             for number in before - set(self.planned.current.chunks):
                 self.chunks[number].leaf.grad = None
 

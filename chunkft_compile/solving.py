@@ -153,7 +153,11 @@ def describe_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
 
 
 def kept(compiled: Compiled, problem: Problem, schedule: Schedule) -> Plan:
-    """The schedule of this signature to keep, and the question it answers."""
+    """The schedule of this signature to keep, and the question it answers.
+
+    A schedule that goes on for a larger batch, or for gradients that accumulate, was planned with other peaks and times.
+    """
+    schedule = compiled.exact(schedule, accumulating=problem.accumulating)
     traces = tuple(compiled.trace(problem, step, schedule.places) for step in schedule.steps)
     return Plan(fingerprint(compiled, accumulating=problem.accumulating), problem, schedule, traces)
 

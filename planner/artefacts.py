@@ -1,5 +1,6 @@
 """A schedule to keep: what it was made for, the planner's question and its answer, as one versioned text."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -60,15 +61,56 @@ class PlanMismatch(ValueError):
 
 def check_fingerprint(planned: Fingerprint, here: Fingerprint) -> None:
     """Raise `PlanMismatch` unless a plan for `planned` is one for `here`."""
-    found = [
-        line for field in fields(Fingerprint) for line in _differences(field.name, getattr(planned, field.name), getattr(here, field.name))
-    ]
+    found = differences(planned, here)
     if found:
         raise PlanMismatch(
             "this plan was made for something else:\n"
             + "\n".join(f"  {line}" for line in found)
             + "\nway out: plan again for this model, batch and optimizer, or use what the plan was made for"
         )
+
+
+def differences(planned: Fingerprint, here: Fingerprint) -> list[str]:
+    """Every difference between what a plan is for and what is here, a line each."""
+    return [
+        line for field in fields(Fingerprint) for line in _differences(field.name, getattr(planned, field.name), getattr(here, field.name))
+    ]
+
+
+def schedule_differences(planned: Schedule, other: Schedule, there: str) -> list[str]:
+    """A line for each way in which `other`, the schedule that `there` has, runs other programs than `planned`; predictions may differ.
+
+    The chunks of both are the same ones.
+    """
+    found = []
+    if planned.budget_nbytes != other.budget_nbytes:
+        found.append(f"budget: the plan has {planned.budget_nbytes} bytes, {there} has {other.budget_nbytes}")
+    if len(planned.steps) != len(other.steps):
+        found.append(f"steps of a sweep: the plan has {len(planned.steps)}, {there} has {len(other.steps)}")
+    else:
+        for what in ("chunks", "options", "update"):
+            pairs = zip(planned.steps, other.steps, strict=True)
+            unlike = [number for number, (step, one) in enumerate(pairs, 1) if getattr(step, what) != getattr(one, what)]
+            if unlike:
+                first, step, one = unlike[0], planned.steps[unlike[0] - 1], other.steps[unlike[0] - 1]
+                more = f", and so do {len(unlike) - 1} more steps" if len(unlike) > 1 else ""
+                found.append(f"step {first} has other {what} in {there}: {_unlike(getattr(step, what), getattr(one, what))}{more}")
+    for what in ("state", "weights"):
+        pairs = zip(getattr(planned.places, what), getattr(other.places, what), strict=True)
+        if moved := [number for number, (place, one) in enumerate(pairs) if place is not one]:
+            of = "chunks" if what == "state" else "segments"
+            found.append(f"places of {what}: {len(moved)} {of} differ, the first is number {moved[0]}")
+    return found
+
+
+def _unlike(planned: Sequence[object] | str, other: Sequence[object] | str) -> str:
+    """Where two tuples, or texts, differ first."""
+    if isinstance(planned, str) or isinstance(other, str):
+        return f"{planned} and {other}"
+    place, (mine, yours) = next(
+        (place, pair) for place, pair in enumerate(itertools.zip_longest(planned, other, fillvalue="nothing")) if pair[0] != pair[1]
+    )
+    return f"at place {place} {mine} and {yours}"
 
 
 def _differences(name: str, planned: object, here: object) -> Iterator[str]:

@@ -3,25 +3,22 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from enum import StrEnum
 from types import GenericAlias, NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from tabulate import tabulate
 
-from chunkft_compile.planner.artefacts import Fingerprint, Plan
+from chunkft_compile.planner.artefacts import Plan
 from chunkft_compile.planner.bounds import depth_of
-from chunkft_compile.planner.problem import Chunk, Cost, Kind, Link, Placement, Places, Problem, Schedule, Segment, Step
+from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
 from chunkft_compile.planner.residency import transfer_us
-from chunkft_compile.planner.traces import Instant, Lifetime, Trace
 from chunkft_compile.planner.units import format_nbytes, format_us
 
 VERSION = 4
 
 Stored = TypeVar("Stored", Problem, Schedule, Plan)
-
-_STORED = (Problem, Schedule, Kind, Segment, Chunk, Cost, Step, Link, Places, Plan, Fingerprint, Trace, Instant, Lifetime)
 
 
 def to_json(value: Problem | Schedule | Plan) -> str:
@@ -41,21 +38,27 @@ def from_json(text: str, expected: type[Stored]) -> Stored:
         raise ValueError(f"this text has version {envelope['version']!r}, this library reads version {VERSION}: write it anew")
     if envelope["type"] != expected.__name__:
         raise ValueError(f"this text holds a {envelope['type']!r}, expected a {expected.__name__!r}")
-    value = _read(envelope["value"], expected, expected.__name__)
+    value = read_value(envelope["value"], expected, expected.__name__)
     assert isinstance(value, expected)
     return value
 
 
-def _read(value: Any, wanted: Any, where: str) -> Any:
-    """`value` as the type `wanted`: a dataclass of this module, a tuple of one type, or a plain value."""
-    if wanted in _STORED:
+def read_value(value: Any, wanted: Any, where: str) -> Any:
+    """What was read from JSON as the type `wanted`: a dataclass of such types, a tuple of one type, or a plain value.
+
+    Anything unknown, missing or of a wrong type is a `ValueError` that names it; `where` is how it names `value`.
+    """
+    if is_dataclass(wanted):
         return _read_fields(value, wanted, where)
-    if isinstance(wanted, GenericAlias):  # every tuple in the IR is of the form tuple[X, ...]
+    if isinstance(wanted, GenericAlias):  # every tuple is of the form tuple[X, ...]
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
-        return tuple(_read(item, get_args(wanted)[0], f"{where}[{number}]") for number, item in enumerate(value))
+        item_type = get_args(wanted)[0]
+        if set(map(type, value)) <= {item_type}:  # plain values, which a recorded run has by the million
+            return tuple(value)
+        return tuple(read_value(item, item_type, f"{where}[{number}]") for number, item in enumerate(value))
     if NoneType in get_args(wanted):  # the only unions are of the form X | None
-        return None if value is None else _read(value, get_args(wanted)[0], where)
+        return None if value is None else read_value(value, get_args(wanted)[0], where)
     if isinstance(wanted, type) and issubclass(wanted, StrEnum):
         if value not in tuple(wanted):
             raise ValueError(f"{where} must be one of {', '.join(wanted)}, got {value!r}")
@@ -76,7 +79,7 @@ def _read_fields(value: Any, wanted: Any, where: str) -> Any:
     if missing := sorted(names - set(value)):
         raise ValueError(f"{where} lacks the field {missing[0]!r}")
     hints = get_type_hints(wanted)
-    return wanted(**{name: _read(value[name], hints[name], f"{where}.{name}") for name in sorted(names)})
+    return wanted(**{name: read_value(value[name], hints[name], f"{where}.{name}") for name in sorted(names)})
 
 
 def format_schedule(problem: Problem, schedule: Schedule) -> str:

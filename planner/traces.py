@@ -125,7 +125,7 @@ def trace_program(problem: Problem, step: Step, places: Places, program: Program
     for number, instruction in enumerate(program.instructions):
         recorder.run(number, instruction)
     instants = [
-        Instant(moment.op, _title(problem, instruction), moment.us, moment.waited_us, moment.peak_nbytes)
+        Instant(moment.op, title_of(problem, instruction), moment.us, moment.waited_us, moment.peak_nbytes)
         for moment, instruction in zip(timeline.moments, program.instructions, strict=True)
     ]
     recompute = min(recompute_us(problem, step), sum(instant.us for instant in instants if instant.op is Op.BACKWARD))
@@ -203,7 +203,7 @@ class _Recorder:
         return f"weights of {self._problem.segments[index].name}", Category.STAGING
 
 
-def _title(problem: Problem, instruction: Instruction) -> str:
+def title_of(problem: Problem, instruction: Instruction) -> str:
     """`backward block 3`, `update 4 chunks of block 3`, `fetch weights of block 2`."""
     if instruction.op in (Op.FORWARD, Op.BACKWARD):
         return f"{instruction.op} {problem.segments[instruction.segment].name}"

@@ -16,7 +16,12 @@ class Reading(NamedTuple):
 
 
 class Gauge(Protocol):
-    """Reads one device. All bytes of the process on it count, whatever they belong to."""
+    """Reads one device. All bytes of the process on it count, whatever they belong to. `exact` says that every peak is known."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether peaks are what they are called, and not only at least that."""
+        ...
 
     def read(self) -> Reading:
         """Live bytes, and their peak since the last call."""
@@ -25,6 +30,8 @@ class Gauge(Protocol):
 
 class CpuGauge:
     """By the allocator hook, exactly, with a peak that nobody else resets."""
+
+    exact = True
 
     def __init__(self, allocator: Allocator) -> None:
         self._allocator = allocator
@@ -53,15 +60,15 @@ class AcceleratorGauge:
     """
 
     def __init__(self, device: torch.device, *, exact: bool) -> None:
-        self._device, self._exact = device, exact
+        self._device, self.exact = device, exact
         self._highest_nbytes = 0
 
     def read(self) -> Reading:
         """See `Gauge.read`."""
         stats = torch.accelerator.memory_stats(self._device)
         live, highest = (int(stats.get(f"allocated_bytes.all.{what}", 0)) for what in ("current", "peak"))
-        peak = highest if self._exact or highest != self._highest_nbytes else live
-        if self._exact:
+        peak = highest if self.exact or highest != self._highest_nbytes else live
+        if self.exact:
             torch.accelerator.reset_peak_memory_stats(self._device)
         self._highest_nbytes = highest
         return Reading(live, peak)

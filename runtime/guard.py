@@ -43,7 +43,9 @@ class MemoryPromiseError(RuntimeError):
 
 
 class Watch:
-    """What those who run a program report to. This one watches nothing."""
+    """What those who run a program report to. This one watches nothing. `measured` is what the last `look` found."""
+
+    measured: Moment | None = None
 
     def anchor(self, number: int, spare_nbytes: int = 0) -> None:
         """Instruction `number` comes next, after code that no plan knows; see NOTE [what is compared].
@@ -71,10 +73,13 @@ class Watch:
 
 
 class Guard:
-    """Of one model. `names` are its chunks. With `strict`, broken promises are errors; either way `log` is told what was measured."""
+    """Of one model. `names` are its chunks. With `strict`, broken promises are errors; either way `log` is told what was measured.
 
-    def __init__(self, gauge: Gauge | None, names: Sequence[str], log: StepLog, *, strict: bool) -> None:
-        self.gauge, self.names, self.log, self.strict = gauge, names, log, strict
+    Without a gauge, `blind` says why.
+    """
+
+    def __init__(self, gauge: Gauge | None, names: Sequence[str], log: StepLog, *, strict: bool, blind: str = "") -> None:
+        self.gauge, self.names, self.log, self.strict, self.blind = gauge, names, log, strict, blind
         self._peak_nbytes: int | None = None
 
     def take_peak(self) -> int | None:
@@ -143,6 +148,7 @@ class _Watching(Watch):
         before, self._live_nbytes = self._live_nbytes, live - self._others_nbytes
         instruction, moment = self._program.instructions[number], self._moments[number]
         measured = Moment(moment.op, moment.segment, before, peak - self._others_nbytes, self._live_nbytes, 0)
+        self.measured = measured
         self._guard.log.note(measured, moment)
         self._guard.note_peak(measured.peak_nbytes)
         if instruction.op is Op.UPDATE:
@@ -195,21 +201,25 @@ def open_guard(device: torch.device, names: Sequence[str], weights: Iterable[tor
     other blocks than plans count in, memory goes unwatched, and the log says so.
     """
     debug, strict = debug_level(), guard_wanted()
-    gauge = _gauge(device, weights, exact=debug >= 2) if debug or strict else None
-    return Guard(gauge, names, StepLog(debug), strict=strict)
+    log = StepLog(debug)
+    found = _gauge(device, weights, exact=debug >= 2) if debug or strict else "CHUNKFT_GUARD=0 turns the gauge off"
+    if not isinstance(found, str):
+        return Guard(found, names, log, strict=strict)
+    if debug or strict:
+        _say_unwatched(found)
+    return Guard(None, names, log, strict=strict, blind=found)
 
 
-def _gauge(device: torch.device, weights: Iterable[torch.Tensor], *, exact: bool) -> Gauge | None:
+def _gauge(device: torch.device, weights: Iterable[torch.Tensor], *, exact: bool) -> Gauge | str:
+    """The gauge, or why there is none."""
     if device.type != "cpu":
         if has_planned_blocks(device):
             return AcceleratorGauge(device, exact=exact)
-        _say_unwatched(f"the allocator of {device} does not hand out blocks of {BLOCK_NBYTES} bytes")
-        return None
+        return f"the allocator of {device} does not hand out blocks of {BLOCK_NBYTES} bytes"
     try:
         hook = install()
     except BuildError as error:
-        _say_unwatched(str(error))
-        return None
+        return str(error)
     hook.adopt(weights)
     return CpuGauge(hook)
 

@@ -193,7 +193,7 @@ def test_a_refused_budget_names_the_largest_tensors() -> None:
         ({"state": ["disk"]}, {Category.STATE}),
         ({"weights": ["disk"], "budget": 2 * BUDGET}, {Category.STAGING}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) or "plain",
 )
 def test_every_byte_of_a_program_is_in_its_trace(options: dict[str, Any], expected: set[Category], tmp_path: Path) -> None:
     model, optimizer = _compiled(**{"budget": BUDGET, **options})
@@ -205,3 +205,20 @@ def test_every_byte_of_a_program_is_in_its_trace(options: dict[str, Any], expect
         assert sum(instant.us for instant in trace.instants) == step.us
         assert expected < {lifetime.category for lifetime in trace.lifetimes}
     del optimizer
+
+
+def test_a_schedule_that_goes_on_under_accumulation_is_kept_with_the_peaks_it_has_then(tmp_path: Path) -> None:
+    model, optimizer = _compiled(budget=200_000)
+    _train(model, optimizer, 1)
+    assert model.schedule is not None
+    planned = model.schedule.peak_nbytes
+    for seed in range(2):
+        torch.autograd.backward(model(**token_batch(seed)).loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert model.counts.plans == 1
+    model.save_schedule(tmp_path / "plan.json")
+    kept = from_json((tmp_path / "plan.json").read_text(), Plan)
+    assert kept.fingerprint.accumulating
+    assert kept.schedule.peak_nbytes > planned
+    chunkft_compile.save_checkpoint(tmp_path, model, optimizer)

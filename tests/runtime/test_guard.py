@@ -39,6 +39,8 @@ TIMELINE: Timeline = simulate(PROGRAM)
 class Script:
     """A gauge that gives one reading after the other."""
 
+    exact = True
+
     def __init__(self, *readings: tuple[int, int]) -> None:
         self._readings: Iterator[Reading] = (Reading(*reading) for reading in readings)
 

@@ -1,0 +1,257 @@
+"""The report page: one HTML file that needs no network. Plotly draws what `assets/page.js` takes from the data in it.
+
+Everything the page shows comes from `traces_of(plan)` and the schedule. The data travel as compressed JSON: a sweep of hundreds of steps has
+hundreds of thousands of numbers, which are much alike.
+"""
+
+import base64
+import gzip
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from importlib import import_module, resources
+from typing import TYPE_CHECKING, Any
+
+from chunkft_compile.planner import Category, Fingerprint, Placement, Plan, Role, Step, Trace, traces_of
+from chunkft_compile.planner.bounds import depth_of, roles_of
+from chunkft_compile.planner.units import format_nbytes, format_us
+from chunkft_compile.reports.points import Point
+
+if TYPE_CHECKING:
+    from chunkft_compile.reports.runs import Comparison
+
+_CHUNK = re.compile(r"(?P<param>.*)\[(?P<start>\d+):(?P<stop>\d+)\]", re.DOTALL)
+_SHOWN = 3  # tensors named in a sentence
+
+
+def make_page(planned: Plan, *, name: str = "", comparison: "Comparison | None" = None, points: Sequence[Point] = ()) -> str:
+    """The page for a plan, which readers know as `name`; `points` are other budgets for its curve.
+
+    With a `comparison`, what a run really took is drawn over the plan. Raises `ValueError` if plotly is not installed.
+    """
+    traces = traces_of(planned)
+    data = {
+        "categories": list(Category),
+        "budget": planned.schedule.budget_nbytes,
+        "segments": [segment.name for segment in planned.problem.segments],
+        "steps": [_step(planned, step, trace) for step, trace in zip(planned.schedule.steps, traces, strict=True)],
+        "params": _params(planned),
+        "points": [[point.budget_nbytes, point.sweep_us, point.steps] for point in points],
+        "measured": _measured(comparison),
+    }
+    packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), mtime=0)).decode()
+    parts = {
+        "TITLE": html.escape(f"{name or 'plan'}: {format_nbytes(planned.schedule.budget_nbytes)} on {planned.fingerprint.device}"),
+        "STYLE": _asset("page.css"),
+        "VERDICT": _verdict(planned),
+        "FIGURES": _figures(planned),
+        "BINDING": html.escape(binding_sentence(traces, planned)),
+        "TIME": html.escape(_time_sentence(traces)),
+        "CURVE": html.escape(_curve_sentence(planned, points)),
+        "COMPARISON": _comparison(comparison),
+        "FACTS": _facts(planned),
+        "PLOTLY": _plotly(),
+        "DATA": packed,
+        "SCRIPT": _asset("page.js"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+
+
+def _asset(name: str) -> str:
+    return resources.files("chunkft_compile.reports").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    try:
+        plotly = import_module("plotly.offline")
+    except ModuleNotFoundError as error:
+        raise ValueError("the report page needs the package plotly: pip install 'chunkft_compile[report]'; or choose --format table") from error
+    script: str = plotly.get_plotlyjs()
+    return script.replace("</script", "<\\/script")
+
+
+def _step(planned: Plan, step: Step, trace: Trace) -> dict[str, Any]:
+    """One step as the script reads it; names are numbers into its own list, which repeats little."""
+    categories = list(Category)
+    names = {name: number for number, name in enumerate(dict.fromkeys(lifetime.name for lifetime in trace.lifetimes))}
+    roles = roles_of(planned.problem, step.chunks)
+    return {
+        "update": step.update,
+        "us": step.us,
+        "peak": trace.peak_nbytes,
+        "binding": trace.binding,
+        "chunks": len(step.chunks),
+        "trained": sum(planned.problem.chunks[index].grad_nbytes for index in step.chunks),
+        "depth": planned.problem.segments[depth_of(planned.problem, step.chunks)].name,
+        "split": trace.time_split(),
+        "instants": [[instant.name, instant.us, instant.waited_us, instant.peak_nbytes] for instant in trace.instants],
+        "names": list(names),
+        "lifetimes": [
+            [names[lifetime.name], categories.index(lifetime.category), lifetime.nbytes, lifetime.first, lifetime.last]
+            for lifetime in trace.lifetimes
+        ],
+        "options": ["forward only" if role is Role.FROZEN else option for role, option in zip(roles, step.options, strict=True)],
+    }
+
+
+def _params(planned: Plan) -> list[dict[str, Any]]:
+    """Every parameter with the rows of its chunks and the steps (from 0) that train them, in the order of the model."""
+    step_of = {index: number for number, step in enumerate(planned.schedule.steps) for index in step.chunks}
+    found: dict[str, dict[str, Any]] = {}
+    for index, chunk in enumerate(planned.problem.chunks):
+        match = _CHUNK.fullmatch(chunk.name)
+        name, start, stop = (match["param"], int(match["start"]), int(match["stop"])) if match else (chunk.name, 0, 1)
+        param = found.setdefault(name, {"name": name, "segment": chunk.segment, "rows": []})
+        param["rows"].append([start, stop, step_of[index], chunk.grad_nbytes])
+    return list(found.values())
+
+
+def _measured(comparison: "Comparison | None") -> list[dict[str, Any]]:
+    if comparison is None:
+        return []
+    return [
+        {
+            "step": step.number,
+            "us": step.measured_us,
+            "nbytes": step.measured_nbytes,
+            "instants": [instant.measured_nbytes for instant in step.instants],
+        }
+        for step in comparison.steps
+    ]
+
+
+def _verdict(planned: Plan) -> str:
+    schedule = planned.schedule
+    margin = schedule.budget_nbytes - schedule.peak_nbytes
+    steps = len(schedule.steps)
+    every = "every parameter is trained at every step" if steps == 1 else f"every parameter is trained once in {steps} steps"
+    source = (
+        "Bytes are exact: they were added up over the programs that run."
+        if planned.lowered
+        else "Modelled, not measured: bytes are the planner's bound, times come from data sheets, and nobody has run this on the device."
+    )
+    return (
+        f"<p class='verdict'><strong>It fits:</strong> {html.escape(every)}, with {format_nbytes(margin)} of "
+        f"{format_nbytes(schedule.budget_nbytes)} to spare.</p>"
+        f"<p class='{'exact' if planned.lowered else 'modelled'}'>{source}</p>"
+    )
+
+
+def _figures(planned: Plan) -> str:
+    schedule = planned.schedule
+    margin = schedule.budget_nbytes - schedule.peak_nbytes
+    gap = "proven best" if schedule.status == "OPTIMAL" else f"at most {schedule.gap:.1%} slower than the best there may be"
+    rows = [
+        ("peak", format_nbytes(schedule.peak_nbytes), f"{format_nbytes(margin)} ({margin / schedule.budget_nbytes:.1%}) below the budget"),
+        ("budget", format_nbytes(schedule.budget_nbytes), planned.fingerprint.device),
+        ("steps in a sweep", str(len(schedule.steps)), "T: after them everything was trained once"),
+        ("time of a sweep", format_us(schedule.sweep_us), f"{format_us(schedule.sweep_us // len(schedule.steps))} a step"),
+        ("solver", schedule.status, gap),
+    ]
+    return "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd><b>{html.escape(value)}</b><span>{html.escape(note)}</span></dd></div>" for name, value, note in rows
+    )
+
+
+def binding_sentence(traces: Sequence[Trace], planned: Plan) -> str:
+    """Which instruction of which step decides the peak, and what is there then."""
+    number = max(range(len(traces)), key=lambda number: traces[number].peak_nbytes)
+    trace = traces[number]
+    instant = trace.instants[trace.binding]
+    largest = ", ".join(f"{format_nbytes(lifetime.nbytes)} {lifetime.name}" for lifetime in trace.live_at(trace.binding)[:_SHOWN])
+    return f"The peak of {format_nbytes(instant.peak_nbytes)} is at {instant.name} in step {number + 1} of {len(traces)}: {largest}."
+
+
+def _time_sentence(traces: Sequence[Trace]) -> str:
+    totals: dict[str, int] = {}
+    for trace in traces:
+        for name, us in trace.time_split().items():
+            totals[name] = totals.get(name, 0) + us
+    hidden = totals.pop("hidden transfers")
+    whole = max(1, sum(totals.values()))
+    shares = ", ".join(f"{name} {us / whole:.0%}" for name, us in totals.items() if us)
+    waits = totals["exposed transfers"]
+    if not hidden + waits:
+        return f"A sweep is {shares}. Nothing is copied."
+    return f"A sweep is {shares}. Of {format_us(hidden + waits)} of copies, {hidden / (hidden + waits):.0%} hide behind compute."
+
+
+def _curve_sentence(planned: Plan, points: Sequence[Point]) -> str:
+    if not points:
+        return ""
+    larger = [point for point in points if point.budget_nbytes > planned.schedule.budget_nbytes and point.sweep_us < planned.schedule.sweep_us]
+    best = min(larger, key=lambda point: point.sweep_us, default=None)
+    note = "By short searches with the chunks of this plan; planning anew for another budget cuts other chunks."
+    if best is None:
+        return f"More memory buys no faster sweep with these chunks. {note}"
+    faster = planned.schedule.sweep_us / best.sweep_us
+    return f"{format_nbytes(best.budget_nbytes)} would make a sweep {faster:.2f} times as fast, in {best.steps} step{'s' if best.steps > 1 else ''}. {note}"
+
+
+def _comparison(comparison: "Comparison | None") -> str:
+    """The tables of planned against measured; nothing without a run."""
+    if comparison is None:
+        return ""
+    rows = [
+        (
+            str(step.number + 1),
+            format_nbytes(step.planned_nbytes),
+            "not measured" if step.measured_nbytes is None else format_nbytes(step.measured_nbytes),
+            format_us(step.planned_us),
+            format_us(step.measured_us),
+            f"{step.measured_us / max(1, step.planned_us):.2f}",
+        )
+        for step in comparison.steps
+    ]
+    late = [
+        (str(one.step + 1), one.name, format_us(one.planned), format_us(one.measured), f"{'+' if one.over > 0 else '-'}{format_us(abs(one.over))}")
+        for one in comparison.times()
+    ]
+    return (
+        "<section aria-labelledby='h-run'><h2 id='h-run'>Planned against measured</h2>"
+        f"<p>{html.escape(comparison.memory_note)}</p>"
+        + _table(("step", "planned peak", "measured peak", "planned time", "measured time", "ratio"), rows)
+        + "<h3>Where time differs most</h3>"
+        + _table(("step", "instruction", "planned", "measured", "difference"), late)
+        + "</section>"
+    )
+
+
+def _facts(planned: Plan) -> str:
+    """Fingerprint, solver and placements, as two tables."""
+    schedule, problem = planned.schedule, planned.problem
+    state = _placed(schedule.places.state, [chunk.state_nbytes for chunk in problem.chunks])
+    weights = _placed(schedule.places.weights, [segment.weight_nbytes for segment in problem.segments])
+    made_for = [(field.name, _fact(field.name, getattr(planned.fingerprint, field.name))) for field in fields(Fingerprint)]
+    solved = [
+        ("status", schedule.status),
+        ("gap", f"{schedule.gap:.2%}"),
+        ("solved in", f"{schedule.solve_s:.1f} s"),
+        ("updates", ", ".join(sorted({step.update for step in schedule.steps}))),
+        ("optimizer state", state),
+        ("weights that can move", weights if any(segment.weight_nbytes for segment in problem.segments) else "none"),
+        *(
+            (f"to and from {link.placement}", f"{format_nbytes(link.read_bytes_per_s)}/s in, {format_nbytes(link.write_bytes_per_s)}/s out")
+            for link in problem.links
+        ),
+    ]
+    return _table(("this plan is for", ""), made_for) + _table(("solver and places", ""), solved)
+
+
+def _fact(name: str, value: Any) -> str:
+    if name == "chunks":
+        return f"{len(value)}, {value[0]} to {value[-1]}"
+    return "; ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _placed(places: Sequence[Placement], sizes: Sequence[int]) -> str:
+    there = {place: sum(size for at, size in zip(places, sizes, strict=True) if at is place) for place in Placement}
+    return ", ".join(f"{format_nbytes(nbytes)} on the {place}" for place, nbytes in there.items() if nbytes) or "none"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='scroll' tabindex='0'><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
