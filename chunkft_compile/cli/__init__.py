@@ -2,7 +2,8 @@
 need not be here, `report`, `explain` and `diff` show plans that were kept, `doctor` says what is here and whether a model can be cut into
 chunks.
 
-Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted, 141 the reader of a pipe is gone.
+Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted, 141 nobody reads the output
+any more.
 """
 
 import argparse

@@ -31,9 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a kept plan")
     parser.add_argument("--step", type=at_least(1), metavar="N", help="only this step, from 1 on (with --at alone: the fullest)")
-    parser.add_argument(
-        "--at", metavar="INSTANT", help="only this instruction of the step, by number from 1 on or by name (default: its peak)"
-    )
+    parser.add_argument("--at", metavar="INSTANT", help="only this instruction, by number from 1 on or by name (default: the peak)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
 
