@@ -1,7 +1,6 @@
 """From a captured signature to a schedule: solved here, or one that was kept; and why a budget is refused."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from chunkft_compile.planner import (
 from chunkft_compile.planner.explaining import budget_error, hardest_step
 from chunkft_compile.planner.grounds import leanest
 from chunkft_compile.planner.units import format_nbytes
+from chunkft_compile.writing import write_whole
 
 _LOWERED = 3
 _CLOSE = 1.1  # the times of the planner and of lowered programs differ by a few per cent
@@ -187,14 +187,8 @@ def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:
 
 
 def write_plan(planned: Plan, path: str | Path) -> None:
-    """Write a plan as JSON, in one move: a reader finds the old file or the new one."""
-    target = Path(path)
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        new.write_text(to_json(planned), encoding="utf-8")
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
+    """Write a plan as JSON, in one move. Raises `OSError` where that is impossible."""
+    write_whole(path, to_json(planned))
 
 
 def read_plan(source: str | Path | Plan) -> Plan:

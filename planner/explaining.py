@@ -69,19 +69,24 @@ def steps_error(problem: Problem, max_steps: int, *, proven: bool) -> StepsError
 
 def remedies(problem: Problem, *, streaming: bool) -> list[str]:
     """What the caller has not allowed, and the smallest budget with it."""
-    found = []
+    now = smallest_budget(problem)[0]
+    with_it = [(what, smallest_budget(other)[0]) for what, other in alternatives(problem, streaming=streaming).items()]
+    return [f"{what}: {format_nbytes(nbytes, up=True)} is enough" for what, nbytes in with_it if nbytes < now]
+
+
+def alternatives(problem: Problem, *, streaming: bool) -> dict[str, Problem]:
+    """What the caller has not allowed by name, and the problem with it. `streaming` says that weights could live beside the device."""
+    found = {}
     away = tuple(link.placement for link in problem.links)
     if streaming and problem.weights == (Placement.DEVICE,) and any(segment.weight_nbytes for segment in problem.segments):
-        found.append(("weights beside the device", replace(problem, weights=(Placement.DEVICE, *away))))
+        found["weights beside the device"] = replace(problem, weights=(Placement.DEVICE, *away))
     if problem.updates == (Update.HELD,) and not problem.accumulating:
-        found.append(("IMMEDIATE updates", replace(problem, updates=(Update.HELD, Update.IMMEDIATE))))
+        found["IMMEDIATE updates"] = replace(problem, updates=(Update.HELD, Update.IMMEDIATE))
     if problem.accumulating:
-        found.append(("no accumulation", replace(problem, accumulating=False)))
+        found["no accumulation"] = replace(problem, accumulating=False)
     if problem.state == (Placement.DEVICE,):
-        found.append(("optimizer state beside the device", replace(problem, state=(Placement.DEVICE, *away))))
-    now = smallest_budget(problem)[0]
-    with_it = [(what, smallest_budget(other)[0]) for what, other in found]
-    return [f"{what}: {format_nbytes(nbytes, up=True)} is enough" for what, nbytes in with_it if nbytes < now]
+        found["optimizer state beside the device"] = replace(problem, state=(Placement.DEVICE, *away))
+    return found
 
 
 def _hardest_chunk(ground: Ground) -> tuple[int, int]:

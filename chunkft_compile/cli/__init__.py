@@ -1,10 +1,13 @@
 """The command `chunkft`: `plan` shows what a budget buys, `train` fine-tunes a model inside it; `fit` and `pareto` plan for a device that
-need not be here, `doctor` says what is here and whether a model can be cut into chunks.
+need not be here, `report`, `explain` and `diff` show plans that were kept, `doctor` says what is here and whether a model can be cut into
+chunks.
 
-Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted, 141 nobody reads the output
+any more, 143 terminated.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from chunkft_compile.cli import doctor, fit, pareto, plan, train
+from chunkft_compile.cli import diff, doctor, explain, fit, pareto, plan, report, train
 from chunkft_compile.cli.stopping import Interrupted, Termination
 from chunkft_compile.errors import BudgetError, CaptureError, MemoryPromiseError, TrainingError
 from chunkft_compile.planner import StepsError
@@ -26,6 +29,9 @@ examples:
   chunkft train --config run.yaml
   chunkft fit llama-3-8b --device rtx4090 --seq 1024
   chunkft pareto llama-3-8b --device rtx4090 --seq 1024
+  chunkft report plan.json -o plan.html
+  chunkft explain plan.json
+  chunkft diff plan.json other.json
   chunkft doctor ./SmolLM2-135M
 
 `chunkft COMMAND --help` lists the options of each."""
@@ -55,10 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Termination():
             code: int = args.run(args)
+            sys.stdout.flush()  # here, where a reader that left is still an error that can be handled
     except KeyboardInterrupt as error:
         interrupted = Interrupted.of(error, "interrupted")
         print(f"\nchunkft: {interrupted}", file=sys.stderr)
         return interrupted.code
+    except BrokenPipeError:  # `chunkft explain ... | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again on its way out, and complains
+        return 141
     except _ERRORS as error:
         if args.debug:
             raise
@@ -96,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"chunkft {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (plan, train, fit, pareto, doctor):
+    for module in (plan, train, fit, pareto, report, explain, diff, doctor):
         module.add_parser(commands)
     return parser
 
