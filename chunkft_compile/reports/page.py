@@ -67,7 +67,9 @@ def _plotly() -> str:
     try:
         plotly = import_module("plotly.offline")
     except ModuleNotFoundError as error:
-        raise ValueError("the report page needs the package plotly: pip install 'chunkft_compile[report]'; or choose --format table") from error
+        raise ValueError(
+            "the report page needs the package plotly: pip install 'chunkft_compile[report]'; or choose --format table"
+        ) from error
     script: str = plotly.get_plotlyjs()
     return script.replace("</script", "<\\/script")
 
@@ -151,7 +153,8 @@ def _figures(planned: Plan) -> str:
         ("solver", schedule.status, gap),
     ]
     return "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd><b>{html.escape(value)}</b><span>{html.escape(note)}</span></dd></div>" for name, value, note in rows
+        f"<div><dt>{html.escape(name)}</dt><dd><b>{html.escape(value)}</b><span>{html.escape(note)}</span></dd></div>"
+        for name, value, note in rows
     )
 
 
@@ -181,7 +184,9 @@ def _time_sentence(traces: Sequence[Trace]) -> str:
 def _curve_sentence(planned: Plan, points: Sequence[Point]) -> str:
     if not points:
         return ""
-    larger = [point for point in points if point.budget_nbytes > planned.schedule.budget_nbytes and point.sweep_us < planned.schedule.sweep_us]
+    larger = [
+        point for point in points if point.budget_nbytes > planned.schedule.budget_nbytes and point.sweep_us < planned.schedule.sweep_us
+    ]
     best = min(larger, key=lambda point: point.sweep_us, default=None)
     note = "By short searches with the chunks of this plan; planning anew for another budget cuts other chunks."
     if best is None:
@@ -206,7 +211,13 @@ def _comparison(comparison: "Comparison | None") -> str:
         for step in comparison.steps
     ]
     late = [
-        (str(one.step + 1), one.name, format_us(one.planned), format_us(one.measured), f"{'+' if one.over > 0 else '-'}{format_us(abs(one.over))}")
+        (
+            str(one.step + 1),
+            one.name,
+            format_us(one.planned),
+            format_us(one.measured),
+            f"{'+' if one.over > 0 else '-'}{format_us(abs(one.over))}",
+        )
         for one in comparison.times()
     ]
     return (
