@@ -115,14 +115,19 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         if not (out / "config.json").is_file():
             # one slip of the finger away from deleting a home directory
             raise ValueError(f"output directory {out} holds something that is not a model: --overwrite only replaces models")
-    probe = _sibling(out, "probe")
+    # a run that is refused leaves nothing, so what is missing above it is tried and taken away again
+    missing = [path for path in (out, *out.parents) if not path.exists()][1:]
+    made: list[Path] = []
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe.mkdir()
-        probe.rmdir()
+        for directory in [*reversed(missing), _sibling(out, "probe")]:
+            directory.mkdir()
+            made.append(directory)
     except OSError as error:
-        reason = "not a directory" if isinstance(error, FileExistsError) else error.strerror
+        reason = "not a directory" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise ValueError(f"output directory {out} cannot be written: {reason} ({error.filename})") from error
+    finally:
+        for directory in reversed(made):
+            directory.rmdir()
 
 
 @contextlib.contextmanager
@@ -130,7 +135,7 @@ def replace_directory(out: Path) -> Iterator[Path]:
     """A new directory to fill, which becomes `out` when the block ends; if it raises, `out` is as it was."""
     new, old = _sibling(out, "new"), _sibling(out, "old")
     try:
-        new.mkdir()
+        new.mkdir(parents=True)
         yield new
         if out.exists():
             out.rename(old)

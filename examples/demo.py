@@ -121,6 +121,6 @@ def kept_promise(report: TrainReport) -> bool:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        say("\ninterrupted; nothing was saved")
+    except KeyboardInterrupt as error:
+        say(f"\n{error}" if str(error) else "\ninterrupted; nothing was saved")
         sys.exit(130)

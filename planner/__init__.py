@@ -4,7 +4,7 @@ from chunkft_compile.planner.artefacts import Fingerprint, Plan, PlanMismatch, c
 from chunkft_compile.planner.drafts import Prefer
 from chunkft_compile.planner.explaining import budget_error, smallest_budget
 from chunkft_compile.planner.methods import method_problem, restrict
-from chunkft_compile.planner.planning import plan, plan_method, plans
+from chunkft_compile.planner.planning import plan, plan_method, plans, sketch
 from chunkft_compile.planner.problem import (
     BudgetError,
     Chunk,
@@ -67,6 +67,7 @@ __all__ = [
     "plans",
     "restrict",
     "simulate",
+    "sketch",
     "smallest_budget",
     "to_json",
     "traces_of",

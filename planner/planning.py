@@ -85,6 +85,22 @@ def plans(
     return tuple(schedules)
 
 
+def sketch(problem: Problem) -> Schedule | None:
+    """The best of greedy and `METHODS`, without a search: a second's work where `plan` takes ten. None where none of them fits.
+
+    Its gap is 1: nothing is proven, and a search may find a faster sweep.
+    """
+    start = time.perf_counter()
+    bundled = bundle(problem)
+    found = [finish(problem, draft, bundled) for draft in known_drafts(bundled.problem)]
+    if not found:
+        return None
+    steps, places = min(found, key=lambda one: rank(one[0], "time"))
+    schedule = Schedule(problem.budget_nbytes, steps, places, "GREEDY", 1.0, time.perf_counter() - start)
+    verify(problem, schedule)
+    return schedule
+
+
 def plan_method(problem: Problem, name: str) -> Schedule | None:
     """The sweep of exactly one of `METHODS`, with all weights on the device; None where it does not fit the budget.
 

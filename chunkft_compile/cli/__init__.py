@@ -3,7 +3,7 @@ need not be here, `report`, `explain` and `diff` show plans that were kept, `doc
 chunks.
 
 Exit codes: 0 done, 1 bad input or a failed run, 2 no plan fits the budget (or bad arguments), 130 interrupted, 141 nobody reads the output
-any more.
+any more, 143 terminated.
 """
 
 import argparse
@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from chunkft_compile.cli import diff, doctor, explain, fit, pareto, plan, report, train
-from chunkft_compile.errors import BudgetError, CaptureError, TrainingError
+from chunkft_compile.cli.stopping import Interrupted, Termination
+from chunkft_compile.errors import BudgetError, CaptureError, MemoryPromiseError, TrainingError
 from chunkft_compile.planner import StepsError
 
 _EPILOG = """\
@@ -24,6 +26,7 @@ examples:
   chunkft train ./SmolLM2-135M --data notes.txt --budget 1.2GB --out ./tuned
   chunkft train model.gguf --data pairs.jsonl --budget 80% --out ./tuned --steps 200
   chunkft train model.gguf --data pairs.jsonl --schedule plan.json --out ./tuned
+  chunkft train --config run.yaml
   chunkft fit llama-3-8b --device rtx4090 --seq 1024
   chunkft pareto llama-3-8b --device rtx4090 --seq 1024
   chunkft report plan.json -o plan.html
@@ -33,25 +36,57 @@ examples:
 
 `chunkft COMMAND --help` lists the options of each."""
 
+_ERRORS = (
+    BudgetError,
+    CaptureError,
+    TrainingError,
+    MemoryPromiseError,
+    ValueError,
+    ArithmeticError,
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
+_CPU_ALLOCATOR = "DefaultCPUAllocator"  # on a CPU, torch has no class for this error
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = _parser().parse_args(argv)
+    as_module = Path(sys.argv[0]).parts[-2:] == ("cli", "__main__.py")
+    args.command_line = [
+        *(("python", "-m", "chunkft_compile.cli") if as_module else ("chunkft",)),
+        *(sys.argv[1:] if argv is None else argv),
+    ]
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()  # here, where a reader that left is still an error that can be handled
-    except KeyboardInterrupt:
-        print("\nchunkft: interrupted; no model was saved", file=sys.stderr)
-        return 130
+        with Termination():
+            code: int = args.run(args)
+            sys.stdout.flush()  # here, where a reader that left is still an error that can be handled
+    except KeyboardInterrupt as error:
+        interrupted = Interrupted.of(error, "interrupted")
+        print(f"\nchunkft: {interrupted}", file=sys.stderr)
+        return interrupted.code
     except BrokenPipeError:  # `chunkft explain ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again on its way out, and complains
         return 141
-    except (BudgetError, CaptureError, TrainingError, ValueError, ArithmeticError, OSError, torch.OutOfMemoryError) as error:
+    except _ERRORS as error:
         if args.debug:
             raise
-        print(f"chunkft: error: {_one_line(error)}", file=sys.stderr)
+        _print_error(error)
         return 2 if isinstance(error, BudgetError) else 1
+    except RuntimeError as error:
+        if args.debug or _CPU_ALLOCATOR not in str(error):
+            raise
+        _print_error(error, "this machine has too little memory left: ")
+        return 1
     return code
+
+
+def _print_error(error: BaseException, title: str = "") -> None:
+    """One line, after those that others added: how to go on."""
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
+    print(f"chunkft: error: {title}{_one_line(error)}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from chunkft_compile.cli.options import at_least
+from chunkft_compile.cli.options import Option, at_least
 from chunkft_compile.planner import Placement, Update
 from chunkft_compile.planner.methods import METHODS
 from chunkft_compile.runtime.modelled_optimizers import OPTIMIZERS
@@ -17,28 +17,41 @@ REACH = {
 }
 
 
+OPTIMIZER = Option(
+    "torch optimizer (default: adamw; on this machine fused, where there is such a kernel)", choices=tuple(OPTIMIZERS), title="training"
+)
+PRECISION = Option(
+    "what the optimizer computes in where weights are bf16: their own dtype (plain), fp32 weights kept beside them (master), "
+    "or fp32 copies for each update, rounded back at random (stochastic) (default: plain)",
+    choices=tuple(Precision),
+    title="memory",
+)
+UPDATE = Option(
+    "when gradients are applied: held until step(), immediate inside backward, auto for the better (default: held)",
+    choices=tuple(UPDATES),
+    title="memory",
+)
+PREFER = Option(
+    "the fastest sweep, or the one with the fewest steps, for fresh parameters (default: time)",
+    choices=("time", "fresh"),
+    title="memory",
+)
+MAX_STEPS = Option("most steps of a sweep (default: no limit)", None, at_least(1), "N", title="memory")
+
+
 def add_optimizer(parser: argparse.ArgumentParser) -> None:
     """The optimizer to plan for."""
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="torch optimizer (default: adamw)")
+    OPTIMIZER.add(parser, "optimizer")
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
     """What the optimizer computes in. Not given, it is None and means plain."""
-    parser.add_argument(
-        "--precision",
-        choices=tuple(Precision),
-        help="what the optimizer computes in where weights are bf16: their own dtype (plain), fp32 weights kept beside them (master), "
-        "or fp32 copies for each update, rounded back at random (stochastic) (default: plain)",
-    )
+    PRECISION.add(parser, "precision")
 
 
 def add_update(parser: argparse.ArgumentParser) -> None:
     """When gradients are applied. Not given, it is None and means held."""
-    parser.add_argument(
-        "--update",
-        choices=UPDATES,
-        help="when gradients are applied: held until step(), immediate inside backward, auto for the better (default: held)",
-    )
+    UPDATE.add(parser, "update")
 
 
 def add_ingredients(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +73,8 @@ def add_ingredients(parser: argparse.ArgumentParser) -> None:
 
 def add_search(parser: argparse.ArgumentParser) -> None:
     """What makes a plan better, and the most steps of a sweep."""
-    parser.add_argument(
-        "--prefer",
-        choices=("time", "fresh"),
-        help="the fastest sweep, or the one with the fewest steps, for fresh parameters (default: time)",
-    )
-    parser.add_argument("--max-steps", type=at_least(1), metavar="N", help="most steps of a sweep (default: no limit)")
+    PREFER.add(parser, "prefer")
+    MAX_STEPS.add(parser, "max_steps")
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ _NEEDED = ("torch", "ortools", "networkx", "safetensors", "tabulate", "tqdm")
 _EXTRAS = {
     "transformers": ("models and tokenizers of Hugging Face", "pip install 'chunkft_compile[hf]'"),
     "gguf": ("reading .gguf files", "pip install 'chunkft_compile[hf]'"),
+    "tensorboard": ("chunkft train --tensorboard", "pip install 'chunkft_compile[tensorboard]'"),
     "plotly": ("page of `chunkft report`", "pip install 'chunkft_compile[report]'"),
     "bitsandbytes": ("8-bit optimizers", "pip install 'chunkft_compile[8bit]'"),
 }

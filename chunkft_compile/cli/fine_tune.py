@@ -1,79 +1,56 @@
 """One fine-tuning run from files to files. `chunkft train` and the demo both call `fine_tune`."""
 
+import contextlib
+import shlex
+import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chunkft_compile.budget import format_nbytes, parse_budget
+from chunkft_compile.budget import format_nbytes
+from chunkft_compile.cli.checking import Files, check
+from chunkft_compile.cli.config import TrainConfig
+from chunkft_compile.cli.configuring import to_plain
+from chunkft_compile.cli.evaluating import Evaluation, Score, mean_loss
+from chunkft_compile.cli.events import Evaluated, Planned, Saved, Stopped
 from chunkft_compile.cli.keeping import Keeping
-from chunkft_compile.cli.loop import LoopConfig, perplexity, train
+from chunkft_compile.cli.listeners import Bar, JsonLines, Listener, Listeners, Tell
+from chunkft_compile.cli.loop import LoopConfig, StopRun, Training
 from chunkft_compile.cli.memory import PeakWatch
-from chunkft_compile.cli.options import pick_device
+from chunkft_compile.cli.options import DTYPES
 from chunkft_compile.cli.planned import PlanConfig, planned_model, say
-from chunkft_compile.data import Example, Sequences, encode, read_examples, shuffled_batches, split
-from chunkft_compile.planner import Plan, Update
-from chunkft_compile.pretrained import check_model, check_out, load_tokenizer, save_model
-from chunkft_compile.runtime.precision import Precision
-from chunkft_compile.solving import read_plan
+from chunkft_compile.cli.stopping import Interrupted, Stop
+from chunkft_compile.cli.tensorboard import TensorBoard
+from chunkft_compile.packing import pack
+from chunkft_compile.planner import Schedule
+from chunkft_compile.pretrained import load_tokenizer, replace_directory, save_model
+from chunkft_compile.recording import record
+from chunkft_compile.sequences import Sequences, encode, pad, shuffled_batches, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TrainConfig", "TrainReport", "dry_run", "fine_tune"]
 
 # state that stays on the device is complete only after a whole sweep
 MEASURED_SWEEPS = 2
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A run, in the words of `chunkft train --help`. `steps` overrides `epochs`; `eval_data` overrides `eval_fraction`.
-
-    `budget` may be None where there is a `schedule`, which has one. None for `update`, `prefer` and `precision` is "held", "time"
-    and "plain".
-    """
-
-    model: Path
-    data: Path
-    budget: str | int | None
-    out: Path
-    eval_data: Path | None = None
-    eval_fraction: float = 0.05
-    eval_sequences: int = 64
-    overwrite: bool = False
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 1
-    seq: int = 512
-    accumulate: int = 1
-    lr: float = 2e-5
-    warmup: int | None = None
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    dtype: torch.dtype = torch.float32
-    device: str | None = None
-    seed: int = 0
-    solve_seconds: float = 5.0
-    measure: bool = False
-    schedule: Path | None = None
-    update: str | None = None
-    prefer: str | None = None
-    max_steps: int | None = None
-    checkpoint_every: int = 0
-    resume: bool = False
-    precision: str | None = None
-
-
-@dataclass(frozen=True)
 class TrainReport:
     """What came out. `plain_nbytes` is computed, `measured_nbytes` is None where nothing was measured, `perplexity_before` is None
-    for a run that was resumed.
+    for a run that was resumed. With `keep_best`, `perplexity_after` is that of the model that was saved.
     """
 
     perplexity_before: float | None
     perplexity_after: float | None
     losses: tuple[float, ...]
+    scores: tuple[Score, ...]
     sweep_steps: int
     budget_nbytes: int
     predicted_nbytes: int
@@ -84,168 +61,266 @@ class TrainReport:
 
 
 @dataclass(frozen=True)
-class _Files:
-    """Everything that could be found wrong before a model is loaded, found right."""
+class _Run:
+    """Everything but the model."""
 
-    device: torch.device
-    budget_nbytes: int
-    schedule: Plan | None
-    examples: list[Example]
-    eval_examples: list[Example] | None
-
-
-def fine_tune(config: TrainConfig) -> TrainReport:
-    """Train, score before and after, save. Raises `ValueError` for bad input, `BudgetError` if no plan fits."""
-    files = _check(config)
-    tokenizer = load_tokenizer(config.model)
-    data, held_out = _sequences(config, files, tokenizer)
-    batches = shuffled_batches(data, config.batch, seed=config.seed)
-    loop = _loop_config(config, files.budget_nbytes, len(data))
-    torch.manual_seed(config.seed)
-    model, plain_nbytes = _compile(config, files, loop.steps)
-
-    before = None if config.resume else _score(model, held_out, files.device, config.batch, "before")
-    ignore = [tensor for part in (data, held_out) if part is not None for tensor in (part.input_ids, part.labels)]
-    measured_steps = min(loop.steps - 1, MEASURED_SWEEPS * len(model.schedule.steps)) if config.measure else 0
-    watch = PeakWatch(
-        files.device, measured_steps=measured_steps, weights=[*model.module.parameters(), *model.module.buffers()], ignore=ignore
-    )
-    planned, start = model.schedule, time.perf_counter()
-    losses = train(model, batches, files.device, loop, watch, _keeping(config, loop, len(data)), resume=config.resume)
-    seconds = time.perf_counter() - start
-    after = _score(model, held_out, files.device, config.batch, "after")
-
-    save_model(model, tokenizer, config.out)
-    say(f"saved {config.out}")
-    schedule = model.schedule or planned  # a run that was complete when it was stopped has trained nothing here
-    sizes = (files.budget_nbytes, schedule.peak_nbytes, watch.peak_nbytes, plain_nbytes)
-    return TrainReport(before, after, tuple(losses), len(schedule.steps), *sizes, seconds, config.out)
-
-
-def _check(config: TrainConfig) -> _Files:
-    device = pick_device(config.device)
-    schedule = None if config.schedule is None else _read_schedule(config, config.schedule)
-    budget = _budget_nbytes(config, device, schedule)
-    _refuse_unheld(config, schedule)
-    Precision(config.precision or Precision.PLAIN).check([config.dtype])
-    examples = read_examples(config.data)
-    eval_examples = None if config.eval_data is None else read_examples(config.eval_data)
-    check_model(config.model)
-    if config.out.resolve() == config.model.resolve():
-        raise ValueError(f"output directory {config.out} is the model itself: pass another --out")
-    check_out(config.out, overwrite=config.overwrite)
-    return _Files(device, budget, schedule, examples, eval_examples)
-
-
-def _read_schedule(config: TrainConfig, path: Path) -> Plan:
-    """The kept plan. Raises `ValueError` for one that cannot be read, and for choices that were made when it was planned."""
-    given = {"--update": config.update, "--prefer": config.prefer, "--max-steps": config.max_steps, "--precision": config.precision}
-    if wrong := [option for option, value in given.items() if value is not None]:
-        raise ValueError(f"--schedule {path} was planned already: leave {wrong[0]} out, or give it to chunkft plan --json")
-    schedule = read_plan(path)
-    if not schedule.lowered:
-        raise ValueError(
-            f"--schedule {path} was planned for {schedule.fingerprint.device}, a device that was not here: "
-            f"plan on the device to train on (chunkft plan MODEL --budget ... --json FILE)"
-        )
-    return schedule
-
-
-def _budget_nbytes(config: TrainConfig, device: torch.device, schedule: Plan | None) -> int:
-    """The budget given, that of the schedule, or both where they agree."""
-    if schedule is None:
-        if config.budget is None:
-            raise ValueError(f'--budget is needed: memory on {device}, as "14GB"; or a --schedule that has one')
-        return parse_budget(config.budget, device)
-    planned = schedule.schedule.budget_nbytes
-    if config.budget is not None and parse_budget(config.budget, device) != planned:
-        raise ValueError(
-            f"--budget {config.budget} is not that of --schedule {config.schedule}, {planned}B: leave --budget out, or plan for it"
-        )
-    return planned
-
-
-def _refuse_unheld(config: TrainConfig, schedule: Plan | None) -> None:
-    """Clipping and accumulation need gradients that are held; where some may be applied inside backward, say so before training."""
-    if schedule is not None and any(step.update is Update.IMMEDIATE for step in schedule.schedule.steps):
-        what, otherwise = f"--schedule {config.schedule} has IMMEDIATE updates, which apply", "plan with --update held"
-    elif config.update in ("auto", "immediate"):
-        what, otherwise = f"--update {config.update} may apply", "--update held"
-    else:
-        return
-    if config.clip:
-        raise ValueError(
-            f"{what} each gradient inside backward, before the norm of all is known, and --clip {config.clip:g} needs it: "
-            f"pass --clip 0, or {otherwise}"
-        )
-    if config.accumulate > 1:
-        raise ValueError(
-            f"{what} each gradient inside backward, and --accumulate {config.accumulate} adds them up over batches: "
-            f"leave it out (a larger --batch does the same), or {otherwise}"
-        )
-
-
-def _sequences(config: TrainConfig, files: _Files, tokenizer: "PreTrainedTokenizerBase") -> tuple[Sequences, Sequences | None]:
-    packed = config.data.suffix == ".txt"
-    data = encode(files.examples, tokenizer, length=config.seq, packed=packed)
+    config: TrainConfig
+    files: Files
+    tokenizer: "PreTrainedTokenizerBase"
+    data: Sequences
     held_out: Sequences | None
+    loop: LoopConfig
+
+
+def fine_tune(config: TrainConfig, *, command: Sequence[str] | None = None) -> TrainReport:
+    """Train, score before and after, save. `command` is the one that was typed, to tell how an interrupted run goes on.
+
+    Raises `ValueError` for bad input, `BudgetError` if no plan fits, and `Interrupted` after a signal, with what is kept.
+    """
+    run = _prepare(config)
+    with Listeners(_listeners(config)) as tell:
+        model, plain_nbytes = _compile(run)
+        training, schedule = Training(model, run.files.device, run.loop, _keeping(run, model)), model.schedule
+        if config.resume:
+            training.go_on()
+            schedule = model.schedule or schedule  # a run that was complete when it was stopped trains nothing here
+        tell(_planned(run, schedule, plain_nbytes, training.history.step))
+        before = None if config.resume else _score(run, model, "before", 0, tell)
+        watch, start = _watch(run, model), time.perf_counter()
+        with Stop() as stop, _telling_how_to_go_on(training, tell, stop, command):
+            with _recorded(config, training):
+                batches = shuffled_batches(run.data, config.batch, seed=config.seed)
+                training.run(batches, watch, _evaluation(run, model, stop), tell, stop)
+            seconds = time.perf_counter() - start
+            after = _after(run, training, tell, stop)
+            _save(run, training)
+        tell(Saved(step=training.history.step, path=str(config.out), perplexity_before=before, perplexity_after=after))
+    say(f"saved {config.out}")
+    history, sizes = training.history, (run.files.budget_nbytes, schedule.peak_nbytes, watch.peak_nbytes, plain_nbytes)
+    return TrainReport(before, after, tuple(history.losses), tuple(history.scores), len(schedule.steps), *sizes, seconds, config.out)
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Plan and report, without training; of all files, only that of `plan_json` is written. Raises as `fine_tune`."""
+    run = _prepare(config)
+    with Listeners([JsonLines()] if config.json else []) as tell:
+        model, plain_nbytes = _compile(run)
+        tell(_planned(run, model.schedule, plain_nbytes, 0))
+
+
+def _listeners(config: TrainConfig) -> list[Listener]:
+    """Whatever else is to watch each step is added here."""
+    listeners: list[Listener] = [Bar()]
+    if config.json:
+        listeners.append(JsonLines())
+    if config.tensorboard is not None:
+        listeners.append(TensorBoard(config.tensorboard))
+    return listeners
+
+
+def _prepare(config: TrainConfig) -> _Run:
+    files = check(config)
+    tokenizer = load_tokenizer(config.model)
+    if files.template is not None:
+        tokenizer.chat_template = files.template
+    data, held_out = _sequences(config, files, tokenizer)
+    shuffled_batches(data, config.batch, seed=config.seed)  # raises where there are too few for one
+    loop = _loop_config(config, len(data))
+    torch.manual_seed(config.seed)
+    return _Run(config, files, tokenizer, data, held_out, loop)
+
+
+def _sequences(config: TrainConfig, files: Files, tokenizer: "PreTrainedTokenizerBase") -> tuple[Sequences, Sequences | None]:
+    stream = config.data.suffix == ".txt"
+    encoded = encode(files.examples, tokenizer, length=config.seq, stream=stream)
+    rows, filler = encoded.rows, encoded.filler
     if config.eval_data is not None and files.eval_examples is not None:
-        scored = encode(files.eval_examples, tokenizer, length=config.seq, packed=config.eval_data.suffix == ".txt")
-        train_data, held_out = data, scored.part(slice(config.eval_sequences))
+        scored = encode(files.eval_examples, tokenizer, length=config.seq, stream=config.eval_data.suffix == ".txt")
+        held = scored.rows[: config.eval_sequences]
     else:
-        train_data, held_out = split(data, config.eval_fraction, most=config.eval_sequences, seed=None if packed else config.seed)
-    say(f"data: {len(train_data)} sequences of {config.seq} tokens, {len(held_out or ())} held out")
-    if data.dropped or data.cut:
-        say(f"data: {data.dropped} examples dropped (no answer within {config.seq} tokens), {data.cut} cut to {config.seq} tokens")
-    return train_data, held_out
+        rows, held = split(rows, config.eval_fraction, most=config.eval_sequences, seed=None if stream else config.seed)
+    data = (pack if config.packing else pad)(rows, config.seq, filler)
+    packed = f" ({len(rows)} examples, packed)" if config.packing else ""
+    say(f"data: {len(data)} sequences of {config.seq} tokens{packed}, {len(held)} held out")
+    if encoded.dropped or encoded.cut:
+        say(f"data: {encoded.dropped} examples dropped (no answer within {config.seq} tokens), {encoded.cut} cut to {config.seq} tokens")
+    return data, pad(held, config.seq, filler) if held else None
 
 
-def _loop_config(config: TrainConfig, budget_nbytes: int, sequences: int) -> LoopConfig:
-    an_epoch = sequences // config.batch / config.accumulate
-    steps = config.steps if config.steps is not None else max(1, int(config.epochs * an_epoch))
+def _loop_config(config: TrainConfig, sequences: int) -> LoopConfig:
+    epoch_steps = sequences // config.batch / config.accumulate
+    epochs = 1.0 if config.epochs is None else config.epochs
+    steps = config.steps if config.steps is not None else max(1, int(epochs * epoch_steps))
     warmup = config.warmup if config.warmup is not None else steps // 20
     if warmup >= steps:
         raise ValueError(f"--warmup {warmup} leaves none of the {steps} steps at the full learning rate: lower it")
-    return LoopConfig(steps, config.accumulate, config.lr, warmup, config.weight_decay, config.clip, budget_nbytes)
+    return LoopConfig(
+        steps,
+        config.accumulate,
+        config.lr,
+        warmup,
+        config.weight_decay,
+        config.clip,
+        config.lr_schedule,
+        config.optimizer,
+        epoch_steps,
+    )
 
 
-def _keeping(config: TrainConfig, loop: LoopConfig, sequences: int) -> Keeping:
+def _keeping(run: _Run, model: Any) -> Keeping:
     """Checkpoints beside `--out`, and what must be the same where a run goes on."""
-    choices = {"--steps": loop.steps, "--accumulate": loop.accumulate, "--lr": loop.lr, "--warmup": loop.warmup, "--clip": loop.clip}
-    choices |= {"--weight-decay": loop.weight_decay, "--batch": config.batch, "--seq": config.seq, "--seed": config.seed}
-    return Keeping(Keeping.beside(config.out), config.checkpoint_every, choices | {"sequences of data": sequences})
+    config, loop = run.config, run.loop
+    choices: dict[str, Any] = {
+        "--steps": loop.steps,
+        "--accumulate": loop.accumulate,
+        "--lr": loop.lr,
+        "--warmup": loop.warmup,
+        "--clip": loop.clip,
+    }
+    choices |= {"--lr-schedule": loop.lr_schedule, "--optimizer": loop.optimizer, "--weight-decay": loop.weight_decay}
+    choices |= {"--batch": config.batch, "--seq": config.seq, "--seed": config.seed}
+    choices |= {"--eval-every": config.eval_every, "--patience": config.patience, "--keep-best": config.keep_best}
+    choices |= {
+        "digest of the data": run.data.digest(),
+        "digest of what is held out": None if run.held_out is None else run.held_out.digest(),
+    }
+    save_best = partial(save_model, model, run.tokenizer) if config.keep_best else None
+    return Keeping(config.out, config.checkpoint_every, config.keep, choices, save_best)
 
 
-def _compile(config: TrainConfig, files: _Files, steps: int) -> tuple[Any, int]:
-    """The compiled model, planned for the shape of every batch to come, and the peak of plain AdamW for the same."""
+def _compile(run: _Run) -> tuple[Any, int]:
+    """The compiled model, planned for the shape of every batch to come, and the peak of plain training for the same."""
+    config, files = run.config, run.files
     planning = PlanConfig(
         config.model,
         files.budget_nbytes,
         files.device,
-        config.dtype,
+        DTYPES[config.dtype],
         config.batch,
         config.seq,
         config.accumulate,
-        config.solve_seconds,
+        config.seconds,
         config.seed,
+        config.optimizer,
         update=config.update or "held",
         prefer=config.prefer or "time",
         max_steps=config.max_steps,
         precision=config.precision,
         schedule=files.schedule,
+        weight_decay=config.weight_decay,
+        packing=config.packing,
     )
     model, plain_nbytes = planned_model(planning)
     sweep, peak = len(model.schedule.steps), format_nbytes(model.schedule.peak_nbytes)
     say(f"plan: {sweep} step{'s' if sweep > 1 else ''} a sweep, predicted peak {peak} of {format_nbytes(files.budget_nbytes)}")
-    say(f"plan: plain AdamW needs {format_nbytes(plain_nbytes)} (computed)")
-    if steps < sweep:
-        say(f"note: {steps} steps do not complete a sweep of {sweep}; some parameters keep their values")
+    say(f"plan: plain {config.optimizer or 'AdamW'} needs {format_nbytes(plain_nbytes)} (computed)")
+    if run.loop.steps < sweep:
+        say(f"note: {run.loop.steps} steps do not complete a sweep of {sweep}; some parameters keep their values")
+    if config.plan_json is not None:
+        model.save_schedule(config.plan_json)
+        say(f"wrote {config.plan_json}")
     return model, plain_nbytes
 
 
-def _score(model: Any, held_out: Sequences | None, device: torch.device, batch: int, when: str) -> float | None:
-    if held_out is None:
+def _planned(run: _Run, schedule: Schedule, plain_nbytes: int, step: int) -> Planned:
+    return Planned(
+        budget_nbytes=run.files.budget_nbytes,
+        predicted_nbytes=schedule.peak_nbytes,
+        plain_nbytes=plain_nbytes,
+        sweep_steps=len(schedule.steps),
+        step=step,
+        steps=run.loop.steps,
+        sequences=len(run.data),
+        held_out=len(run.held_out or ()),
+        config=to_plain(run.config),
+    )
+
+
+def _watch(run: _Run, model: Any) -> PeakWatch:
+    measured_steps = min(run.loop.steps - 1, MEASURED_SWEEPS * len(model.schedule.steps)) if run.config.measure and model.schedule else 0
+    ignore = [tensor for part in (run.data, run.held_out) if part is not None for tensor in part.tensors.values()]
+    weights = [*model.module.parameters(), *model.module.buffers()]
+    return PeakWatch(run.files.device, measured_steps=measured_steps, weights=weights, ignore=ignore)
+
+
+def _evaluation(run: _Run, model: Any, stop: Stop) -> Evaluation:
+    def score(step: int) -> Score | None:
+        loss = _mean_loss(run, model, f"step {step}", lambda: stop.asked)
+        return None if loss is None else Score(step, loss)
+
+    return Evaluation(score, run.config.eval_every, run.config.patience, run.loop.steps)
+
+
+def _mean_loss(run: _Run, model: Any, when: str, stopped: Callable[[], object] = lambda: None) -> float | None:
+    assert run.held_out is not None, "there is something to score"
+    return mean_loss(model, run.held_out, run.files.device, batch=run.config.batch, what=f"held-out {when}", stopped=stopped)
+
+
+def _score(run: _Run, model: Any, when: str, step: int, tell: Tell, stopped: Callable[[], object] = lambda: None) -> float | None:
+    """The perplexity of what is held out; None where nothing is, and if `stopped()` meanwhile."""
+    loss = None if run.held_out is None else _mean_loss(run, model, when, stopped)
+    if loss is None:
         return None
-    score = perplexity(model, held_out, device, batch=batch, when=when)
-    say(f"held-out perplexity {when}: {score:.2f}")
-    return score
+    score = Score(step, loss)
+    tell(Evaluated(step=step, loss=loss, perplexity=score.perplexity))
+    say(f"held-out perplexity {when}: {score.perplexity:.2f}")
+    return score.perplexity
+
+
+def _after(run: _Run, training: Training, tell: Tell, stop: Stop) -> float | None:
+    """The score of the model that is to be saved. Raises `StopRun` if asked to stop meanwhile."""
+    history = training.history
+    if history.step < run.loop.steps:
+        tell(Stopped(reason="patience", step=history.step))
+        say(f"stopped after step {history.step}: {history.without_best} evaluations in a row were no better than the best")
+    if not history.scores:
+        after = _score(run, training.model, "after", history.step, tell, lambda: stop.asked)
+        if stop.asked:
+            raise StopRun(training.keep(tell))
+        return after
+    saved = history.best if run.config.keep_best else history.scores[-1]
+    assert saved is not None, "there are scores"
+    say(f"held-out perplexity after: {saved.perplexity:.2f} (step {saved.step})")
+    return saved.perplexity
+
+
+@contextlib.contextmanager
+def _recorded(config: TrainConfig, training: Training) -> Iterator[None]:
+    """What the steps inside take is written down, where that is wanted."""
+    if config.record is None:
+        yield
+        return
+    with record(training.model, config.record) as recording:
+        training.note_loss = recording.note_loss
+        yield
+
+
+def _save(run: _Run, training: Training) -> None:
+    if not run.config.keep_best:
+        save_model(training.model, run.tokenizer, run.config.out)
+        return
+    best = training.keeping.best
+    if not (best / "config.json").is_file():
+        raise ValueError(f"the best model is no longer in {best}: run again without --resume")
+    with replace_directory(run.config.out) as directory:
+        shutil.copytree(best, directory, dirs_exist_ok=True)
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on(training: Training, tell: Tell, stop: Stop, command: Sequence[str] | None) -> Iterator[None]:
+    """Whatever ends a run, there is a line on what is kept of it and how to go on."""
+    how = "the same with resume=True" if command is None else shlex.join([*command, *(["--resume"] if "--resume" not in command else [])])
+    try:
+        yield
+    except StopRun as stopped:
+        assert stop.asked is not None, "the loop stops if it is asked to"
+        step, path = training.history.step, str(stopped.checkpoint)
+        tell(Stopped(reason=stop.asked.name, step=step, checkpoint=path, command=None if command is None else how))
+        raise Interrupted(stop.asked, f"stopped after step {step}, everything is kept in {path}; go on with: {how}") from None
+    except KeyboardInterrupt as error:
+        kept = "" if training.kept is None else f"; the checkpoint of step {training.kept[0]} is complete, go on with: {how}"
+        raise Interrupted.of(error, f"interrupted; no model was saved{kept}") from None
+    except Exception as error:
+        if training.kept is not None:
+            error.add_note(f"the checkpoint of step {training.kept[0]} is complete; go on with: {how}")
+        raise

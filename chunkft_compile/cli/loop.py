@@ -1,26 +1,34 @@
-"""The training loop and the held-out score. The loop is the one a user would write; nothing in it knows about chunks but the live line."""
+"""The training loop: the one a user would write, with evaluations, checkpoints and signals between its steps.
+
+Nothing in it knows about chunks but what it tells its listeners. Between two steps everything that is due is done in one order
+(evaluate, keep, stop), judged by what was done and not by where the loop came from: so a resumed run does what was left to do.
+"""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from chunkft_compile.budget import format_nbytes
+from chunkft_compile.cli.evaluating import Evaluation, History
+from chunkft_compile.cli.events import Checkpointed, Evaluated, StepDone
 from chunkft_compile.cli.keeping import Keeping
+from chunkft_compile.cli.listeners import Tell
 from chunkft_compile.cli.memory import PeakWatch, rss_nbytes
-from chunkft_compile.cli.options import bar_style
-from chunkft_compile.data import IGNORED, Sequences
+from chunkft_compile.cli.optimizers import build_optimizer
+from chunkft_compile.cli.rates import lr_factor
+from chunkft_compile.cli.stopping import Stop
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The numbers of the loop. `warmup` counts optimizer steps; `clip` 0 means no limit."""
+    """The numbers of the loop. `warmup` counts optimizer steps, `epoch_steps` those of a pass over the data; `clip` 0 means no limit."""
 
     steps: int
     accumulate: int
@@ -28,92 +36,122 @@ class LoopConfig:
     warmup: int
     weight_decay: float
     clip: float
-    budget_nbytes: int
+    lr_schedule: str = "cosine"
+    optimizer: str | None = None
+    epoch_steps: float = 1.0
 
 
-def lr_factor(step: int, *, warmup: int, steps: int) -> float:
-    """Part of the highest learning rate at `step` (from 0): up in a line, then down in a half cosine; never 0 in a step that runs."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+class StopRun(Exception):
+    """The wish to stop was fulfilled: `checkpoint` has the state after the last step."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
 
 
-def build_optimizer(model: Any, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the chunks; fused, because its other implementations allocate a copy of what they step."""
-    parameters = list(model.parameters())
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in ("cpu", "cuda"))
+class Training:
+    """A model, its optimizer and learning rate, and what the run has seen (`history`); what a checkpoint is of."""
+
+    def __init__(self, model: Any, device: torch.device, config: LoopConfig, keeping: Keeping) -> None:
+        self.model, self.device, self.config, self.keeping = model, device, config, keeping
+        self.optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, name=config.optimizer)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, warmup=config.warmup, steps=config.steps, shape=config.lr_schedule)
+        )
+        self.note_loss: Callable[[float], None] = lambda loss: None  # of every step, before it is applied
+        self.history = History()
+        self.kept: tuple[int, Path] | None = None  # the step of the last checkpoint, and where it is
+        model.train()
+
+    def go_on(self) -> None:
+        """Take up the latest checkpoint."""
+        self.history, path = self.keeping.go_on(self.model, self.optimizer, self.scheduler)
+        self.kept = self.history.step, path
+
+    def run(self, batches: Iterator[Batch], watch: PeakWatch, evaluation: Evaluation, tell: Tell, stop: Stop) -> None:
+        """All steps, or those that are left.
+
+        Raises `StopRun` when the run was asked to stop and is kept, `FloatingPointError` for a loss that is not finite.
+        """
+        for _ in range(self.history.step * self.config.accumulate):
+            next(batches)
+        with watch:
+            while True:
+                self._between(watch, evaluation, tell, stop)
+                if self.history.step == self.config.steps or evaluation.is_over(self.history):
+                    return
+                done = self._step(batches, watch)
+                self.history.losses.append(done.loss)
+                tell(done)
+
+    def keep(self, tell: Tell) -> Path:
+        """Write a checkpoint, unless there is one of the last step."""
+        if self.kept is None or self.kept[0] != self.history.step:
+            path = self.keeping.save(self.history, self.model, self.optimizer, self.scheduler)
+            self.kept = self.history.step, path
+            tell(Checkpointed(step=self.history.step, path=str(path)))
+        return self.kept[1]
+
+    def _between(self, watch: PeakWatch, evaluation: Evaluation, tell: Tell, stop: Stop) -> None:
+        """What is due after the last step."""
+        if not stop.asked and evaluation.is_due(self.history):
+            with watch.aside():
+                self._evaluate(evaluation, tell)
+        if stop.asked:
+            raise StopRun(self.keep(tell))
+        if self.keeping.is_due(self.history):
+            self.keep(tell)
+
+    def _evaluate(self, evaluation: Evaluation, tell: Tell) -> None:
+        score = evaluation.score(self.history.step)
+        if score is None:
+            return  # asked to stop meanwhile: a resumed run evaluates first
+        self.history.scores.append(score)
+        best, without = self.history.best, self.history.without_best
+        assert best is not None, "there is at least this score"
+        if without == 0 and self.keeping.save_best is not None:
+            self.keeping.save_best(self.keeping.best)
+        tell(Evaluated(step=score.step, loss=score.loss, perplexity=score.perplexity, best_step=best.step, without_best=without))
+
+    def _step(self, batches: Iterator[Batch], watch: PeakWatch) -> StepDone:
+        """One optimizer step, done and told nobody yet."""
+        config, number, start = self.config, self.history.step + 1, time.perf_counter()
+        loss, tokens, norm = 0.0, 0, None
+        for _ in range(config.accumulate):
+            part, read = _backward(self.model, next(batches), self.device, config.accumulate)
+            loss, tokens = loss + part, tokens + read
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {number} is {loss}: lower --lr or raise --warmup; nothing was saved")
+        if config.clip:
+            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        self.note_loss(loss)
+        progress = self.model.progress  # optimizer.step() moves it on
+        (lr, *_) = self.scheduler.get_last_lr()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        watch.count_step()
+        return StepDone(
+            step=number,
+            steps=config.steps,
+            epoch=number / config.epoch_steps,
+            loss=loss,
+            lr=float(lr),
+            grad_norm=norm,
+            tokens=tokens,
+            seconds=time.perf_counter() - start,
+            sweep=progress.sweep,
+            sweep_step=progress.step,
+            sweep_steps=progress.steps,
+            active_chunks=len(progress.active),
+            predicted_nbytes=progress.predicted_nbytes,
+            measured_nbytes=watch.peak_nbytes,
+            process_nbytes=rss_nbytes(),
+        )
 
 
-def train(
-    model: Any,
-    batches: Iterator[Batch],
-    device: torch.device,
-    config: LoopConfig,
-    watch: PeakWatch,
-    keeping: Keeping | None = None,
-    *,
-    resume: bool = False,
-) -> list[float]:
-    """Run all optimizer steps, or with `resume` those that are left; the mean loss of each, also of earlier ones."""
-    optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup=config.warmup, steps=config.steps))
-    model.train()
-    losses = keeping.go_on(model, optimizer, scheduler) if keeping is not None and resume else []
-    for _ in range(len(losses) * config.accumulate):
-        next(batches)
-    with watch, tqdm(total=config.steps, initial=len(losses), desc="train", unit="step", **bar_style()) as bar:
-        for number in range(len(losses) + 1, config.steps + 1):
-            loss = sum(_backward(model, next(batches), device, config.accumulate) for _ in range(config.accumulate))
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss of step {number} is {loss}: lower --lr or raise --warmup; nothing was saved")
-            if config.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            progress = model.progress  # optimizer.step() moves it on
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            watch.count_step()
-            losses.append(loss)
-            if keeping is not None:
-                keeping.after_step(losses, model, optimizer, scheduler)
-            bar.set_postfix_str(live_line(loss, progress, config.budget_nbytes, watch.peak_nbytes), refresh=False)
-            bar.update()
-    return losses
-
-
-def _backward(model: Any, batch: Batch, device: torch.device, accumulate: int) -> float:
+def _backward(model: Any, batch: Batch, device: torch.device, accumulate: int) -> tuple[float, int]:
+    """The loss and the number of tokens. No batch is held from here to the next one: the plan does not count two."""
     loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss / accumulate
     loss.backward()
-    return float(loss.detach())
-
-
-def live_line(loss: float, progress: Any, budget_nbytes: int, measured_nbytes: int | None) -> str:
-    """Where the run is and what it takes, in one line. The prediction is this step's; what is measured is the most so far."""
-    parts = [
-        f"loss {loss:.3f}",
-        f"step {progress.step + 1}/{progress.steps} of sweep {progress.sweep + 1}",
-        f"{len(progress.active)} active chunks",
-        f"predicted {format_nbytes(progress.predicted_nbytes)} of {format_nbytes(budget_nbytes)}",
-    ]
-    if measured_nbytes is not None:
-        parts.append(f"measured {format_nbytes(measured_nbytes)}")
-    rss = rss_nbytes()
-    if rss is not None:
-        parts.append(f"process {format_nbytes(rss)}")
-    return ", ".join(parts)
-
-
-@torch.no_grad()
-def perplexity(model: Any, sequences: Sequences, device: torch.device, *, batch: int, when: str) -> float:
-    """exp of the mean loss over all labelled tokens of `sequences`."""
-    was_training = model.training
-    model.eval()
-    loss_sum, tokens = 0.0, 0
-    # disable=None: no bar in a log, where it could not be taken away again
-    for start in tqdm(range(0, len(sequences), batch), desc=f"held-out {when}", unit="batch", leave=False, disable=None):
-        inputs = {name: tensor.to(device) for name, tensor in sequences.take(slice(start, start + batch)).items()}
-        count = int((inputs["labels"][:, 1:] != IGNORED).sum())  # the first token is never predicted
-        loss_sum += float(model(**inputs).loss) * count
-        tokens += count
-    model.train(was_training)
-    return math.exp(min(loss_sum / tokens, 700.0))  # above, exp() leaves the range of a float
+    return float(loss.detach()), batch["input_ids"].numel()

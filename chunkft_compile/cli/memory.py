@@ -2,8 +2,8 @@
 
 import gc
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -87,6 +87,8 @@ class PeakWatch:
         self._measured_steps = measured_steps if device.type == "cpu" else 0
         self._steps = 0
         self._session = ExitStack()
+        self._meter: _HookMeter | PeakMeter | None = None
+        self._before_nbytes = self._most_nbytes = 0
 
     def __enter__(self) -> Self:
         if self._device.type != "cpu":
@@ -100,12 +102,36 @@ class PeakWatch:
         """One step is over."""
         self._steps += 1
         if self._device.type != "cpu":
-            self.peak_nbytes = torch.accelerator.max_memory_allocated(self._device)
+            self._note(torch.accelerator.max_memory_allocated(self._device))
         elif self._measured_steps and self._steps == 1:
             # One session over all steps: the profiler does not report the end of a block that an earlier session saw allocated.
-            self._before_nbytes = live_nbytes(self._device, weights=self._weights, ignore=self._ignore)
-            self._meter = _cpu_meter()
-            self._session.enter_context(self._meter)
+            self._begin()
         elif self._measured_steps and self._steps == 1 + self._measured_steps:
-            self._session.close()
-            self.peak_nbytes = self._before_nbytes + self._meter.peak_nbytes
+            self._end()
+            self.peak_nbytes = self._most_nbytes
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside belongs to no step, and does not count."""
+        measuring = self._meter is not None
+        if measuring:
+            self._end()
+        yield
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+        elif measuring:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._before_nbytes = live_nbytes(self._device, weights=self._weights, ignore=self._ignore)
+        self._meter = _cpu_meter()
+        self._session.enter_context(self._meter)
+
+    def _end(self) -> None:
+        assert self._meter is not None, "measuring began"
+        self._session.close()
+        self._most_nbytes = max(self._most_nbytes, self._before_nbytes + self._meter.peak_nbytes)
+        self._meter = None
+
+    def _note(self, nbytes: int) -> None:
+        self.peak_nbytes = max(nbytes, self.peak_nbytes or 0)

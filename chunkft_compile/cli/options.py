@@ -1,9 +1,11 @@
-"""Options that both commands share, and the types of their values."""
+"""Options that commands share, and the types of their values."""
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,46 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_common(parser: argparse.ArgumentParser, *, budget_required: bool = True) -> None:
-    """The model, its budget and the shape of one batch."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="local Hugging Face model directory, or a .gguf file")
-    parser.add_argument(
-        "--budget", required=budget_required, metavar="BYTES", help='memory on the device: "14GB" (10^9), "13.5GiB" (2^30), "80%%" of it'
-    )
-    parser.add_argument("--batch", type=at_least(1), default=1, metavar="N", help="sequences in a batch (default: %(default)s)")
-    parser.add_argument("--seq", type=at_least(2), default=512, metavar="N", help="tokens in a sequence (default: %(default)s)")
-    parser.add_argument("--accumulate", type=at_least(1), default=1, metavar="N", help="batches per optimizer step (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: %(default)s)")
-    parser.add_argument(
-        "--device", default=None, metavar="NAME", help="cpu, cuda, ... (default: the accelerator if there is one, else cpu)"
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of everything random (default: %(default)s)")
-    parser.add_argument("--seconds", type=between(0, math.inf), default=5.0, metavar="S", help="time for the solver (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+@dataclass(frozen=True)
+class Option:
+    """Something to choose: a flag of commands and, as a field of a configuration (see `configuring`), a key of its file.
+
+    `help` is plain text; a `default` that is neither None nor a switch is added to it. `parse` reads the text of a flag and checks it:
+    it raises `argparse.ArgumentTypeError`. `title` is the group in --help, where there are groups.
+    """
+
+    help: str
+    default: Any = None
+    parse: Callable[[str], Any] = str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    positional: bool = False
+    title: str = ""
+
+    def add(self, parser: "argparse._ActionsContainer", name: str, *, unset: Any = None, required: bool = False) -> None:
+        """Register it as `--name`, or as a positional argument that may be left out. Not given, it is `unset`."""
+        given: dict[str, Any] = {"default": unset, "help": self._described()}
+        if isinstance(self.default, bool):
+            parser.add_argument(flag(name), dest=name, action=argparse.BooleanOptionalAction, **given)
+            return
+        given |= {"metavar": self.metavar, "type": self.parse}
+        if self.choices:
+            given["choices"] = self.choices
+        if self.positional:
+            given["default"] = None  # argparse takes SUPPRESS here for a text to parse
+            parser.add_argument(name, nargs=None if required else "?", **given)
+        else:
+            parser.add_argument(flag(name), dest=name, required=required, **given)
+
+    def _described(self) -> str:
+        shown = "" if self.default is None or isinstance(self.default, bool) else f" (default: {self.default})"
+        return (self.help + shown).replace("%", "%%")
+
+
+def flag(name: str) -> str:
+    """The flag of an option or field."""
+    return "--" + name.replace("_", "-")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -56,6 +82,41 @@ def between(least: float, most: float, *, included: bool = False) -> Callable[[s
         return value
 
     return parse
+
+
+MODEL = Option("local Hugging Face model directory, or a .gguf file", parse=Path, metavar="MODEL", required=True, positional=True)
+BUDGET = Option('memory on the device: "14GB" (10^9), "13.5GiB" (2^30), "80%" of it', metavar="BYTES", title="memory")
+BATCH = Option("sequences in a batch", 1, at_least(1), "N", title="training")
+SEQ = Option("tokens in a sequence", 512, at_least(2), "N", title="training")
+ACCUMULATE = Option("batches per optimizer step", 1, at_least(1), "N", title="training")
+DTYPE = Option("dtype of the weights", "float32", choices=tuple(DTYPES), title="memory")
+DEVICE = Option("cpu, cuda, ... (default: the accelerator if there is one, else cpu)", metavar="NAME", title="memory")
+SEED = Option("seed of everything random", 0, at_least(0), "N", title="training")
+SECONDS = Option("time for the solver", 5.0, between(0, math.inf), "S", title="memory")
+
+
+def add_common(parser: argparse.ArgumentParser, *, budget_required: bool = True) -> None:
+    """The model, its budget and the shape of one batch."""
+    MODEL.add(parser, "model", required=True)
+    BUDGET.add(parser, "budget", required=budget_required)
+    named = {"batch": BATCH, "seq": SEQ, "accumulate": ACCUMULATE, "dtype": DTYPE, "device": DEVICE, "seed": SEED, "seconds": SECONDS}
+    for name, one in named.items():
+        one.add(parser, name, unset=one.default)
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Every command has it."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Raise `ValueError` unless a file can be made at `path`, which the option `name` asks for."""
+    if path.is_dir() or not path.parent.is_dir():
+        wrong, is_not = (path, "") if path.is_dir() else (path.parent, "not ")
+        raise ValueError(f"{name} {path} cannot be written: {wrong} is {is_not}a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{name} {path} cannot be written: permission denied")
 
 
 def pick_device(name: str | None) -> torch.device:

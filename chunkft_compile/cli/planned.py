@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import chunkft_compile
 from chunkft_compile.budget import format_nbytes
-from chunkft_compile.cli.loop import build_optimizer
+from chunkft_compile.cli.optimizers import build_optimizer
+from chunkft_compile.packing import check_packing
 from chunkft_compile.planner import Placement, Plan
 from chunkft_compile.pretrained import load_weights
-from chunkft_compile.runtime.modelled_optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class PlanConfig:
     state: tuple[Placement, ...] | None = None
     schedule: Plan | None = None
     precision: str | None = None
+    weight_decay: float = 0.0  # without it, some optimizers need less memory
+    packing: bool = False
 
 
 def planned_model(config: PlanConfig) -> tuple[Any, int]:
@@ -48,6 +51,8 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
     positions = getattr(network.config, "max_position_embeddings", config.seq)
     if config.seq > positions:
         raise ValueError(f"--seq {config.seq} is longer than the {positions} positions of {config.model}")
+    if config.packing:
+        check_packing(network, str(config.model))
     how = "following the schedule for" if config.schedule else "planning for"
     say(f"{how} {format_nbytes(config.budget_nbytes)}, batches of {config.batch} x {config.seq} tokens")
     given: dict[str, Any] = {
@@ -66,14 +71,15 @@ def planned_model(config: PlanConfig) -> tuple[Any, int]:
     # memory and time depend on the shape of a batch, not on which tokens it holds
     ids = torch.zeros(config.batch, config.seq, dtype=torch.int64, device=config.device)
     batch = {"input_ids": ids, "labels": ids}
+    if config.packing:
+        batch["position_ids"] = ids
     # the plan counts what the optimizers it finds need
-    leaves = list(model.parameters())
-    optimizer = make_optimizer(config.optimizer, leaves) if config.optimizer else build_optimizer(model, lr=0.0, weight_decay=0.0)
+    optimizer = build_optimizer(model, lr=0.0, weight_decay=config.weight_decay, name=config.optimizer)
     model.plan(**batch)
     del optimizer
     return model, model.plain_peak_nbytes(**batch)
 
 
 def say(line: str) -> None:
-    """Progress is for people and goes where the progress bar goes."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress is for people and goes where the progress bar goes, in a line of its own."""
+    tqdm.write(line, file=sys.stderr)

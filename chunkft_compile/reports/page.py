@@ -1,7 +1,7 @@
 """The report page: one HTML file that needs no network. Plotly draws what `assets/page.js` takes from the data in it.
 
-Everything the page shows comes from `traces_of(plan)` and the schedule. The data travel as compressed JSON: a sweep of hundreds of steps has
-hundreds of thousands of numbers, which are much alike.
+Everything the page shows comes from `traces_of(plan)` and the schedule. The data travel as compressed JSON: a sweep of hundreds of
+steps has hundreds of thousands of numbers, which are much alike.
 """
 
 import base64
@@ -67,9 +67,8 @@ def _plotly() -> str:
     try:
         plotly = import_module("plotly.offline")
     except ModuleNotFoundError as error:
-        raise ValueError(
-            "the report page needs the package plotly: pip install 'chunkft_compile[report]'; or choose --format table"
-        ) from error
+        way_out = "pip install 'chunkft_compile[report]', or choose another format"
+        raise ValueError(f"the report page needs the package plotly: {way_out}") from error
     script: str = plotly.get_plotlyjs()
     return script.replace("</script", "<\\/script")
 
@@ -146,16 +145,14 @@ def _figures(planned: Plan) -> str:
     margin = schedule.budget_nbytes - schedule.peak_nbytes
     gap = "proven best" if schedule.status == "OPTIMAL" else f"at most {schedule.gap:.1%} slower than the best there may be"
     rows = [
-        ("peak", format_nbytes(schedule.peak_nbytes), f"{format_nbytes(margin)} ({margin / schedule.budget_nbytes:.1%}) below the budget"),
+        ("peak", format_nbytes(schedule.peak_nbytes), f"{format_nbytes(margin)} below the budget"),
         ("budget", format_nbytes(schedule.budget_nbytes), planned.fingerprint.device),
         ("steps in a sweep", str(len(schedule.steps)), "T: after them everything was trained once"),
         ("time of a sweep", format_us(schedule.sweep_us), f"{format_us(schedule.sweep_us // len(schedule.steps))} a step"),
         ("solver", schedule.status, gap),
     ]
-    return "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd><b>{html.escape(value)}</b><span>{html.escape(note)}</span></dd></div>"
-        for name, value, note in rows
-    )
+    cells = [[html.escape(text) for text in row] for row in rows]
+    return "".join(f"<div><dt>{name}</dt><dd><b>{value}</b><span>{note}</span></dd></div>" for name, value, note in cells)
 
 
 def binding_sentence(traces: Sequence[Trace], planned: Plan) -> str:
@@ -184,15 +181,17 @@ def _time_sentence(traces: Sequence[Trace]) -> str:
 def _curve_sentence(planned: Plan, points: Sequence[Point]) -> str:
     if not points:
         return ""
-    larger = [
-        point for point in points if point.budget_nbytes > planned.schedule.budget_nbytes and point.sweep_us < planned.schedule.sweep_us
-    ]
-    best = min(larger, key=lambda point: point.sweep_us, default=None)
-    note = "By short searches with the chunks of this plan; planning anew for another budget cuts other chunks."
+    schedule, note = (
+        planned.schedule,
+        "Without a search, and with the chunks of this plan: planning for another budget may find faster sweeps.",
+    )
+    faster = [point for point in points if point.budget_nbytes > schedule.budget_nbytes and point.sweep_us < schedule.sweep_us]
+    best = min(faster, key=lambda point: point.sweep_us, default=None)
     if best is None:
-        return f"More memory buys no faster sweep with these chunks. {note}"
-    faster = planned.schedule.sweep_us / best.sweep_us
-    return f"{format_nbytes(best.budget_nbytes)} would make a sweep {faster:.2f} times as fast, in {best.steps} step{'s' if best.steps > 1 else ''}. {note}"
+        return f"More memory buys no faster sweep. {note}"
+    steps = f"{best.steps} step{'s' if best.steps > 1 else ''}"
+    ratio = schedule.sweep_us / best.sweep_us
+    return f"{format_nbytes(best.budget_nbytes)} would make a sweep {ratio:.2f} times as fast, in {steps}. {note}"
 
 
 def _comparison(comparison: "Comparison | None") -> str:

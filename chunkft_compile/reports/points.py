@@ -1,14 +1,9 @@
 """Budgets beside that of a plan, and the sweeps they would buy with the same chunks."""
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from chunkft_compile.planner import BudgetError, Plan, plan, smallest_budget
-
-_SECONDS = 0.5  # for the solver, each: a curve is read, not run
-_LONGEST_S = 15.0  # for all of them: the planner's other work on a model of 80 blocks takes seconds a budget
+from chunkft_compile.planner import Plan, sketch, smallest_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +15,26 @@ class Point:
     steps: int
 
 
-def points_around(planned: Plan, *, count: int = 7) -> tuple[Point, ...]:
-    """What other budgets would buy, from the smallest that works to twice that of the plan, by a short search at each.
+def points_around(planned: Plan, *, count: int = 8) -> tuple[Point, ...]:
+    """What other budgets would buy, from the smallest that works to twice that of the plan, without a search (`sketch`).
 
-    Chunks are those of the plan. Planning anew for another budget cuts other ones, so the figures are for the shape of the curve.
+    Chunks are those of the plan. Planning anew for another budget cuts other ones and searches, so a point is a sweep that can be had, and
+    there may be faster ones.
     """
     smallest, _ = smallest_budget(planned.problem)
-    found, ends = [], time.monotonic() + _LONGEST_S
-    budgets = _budgets(smallest, planned.schedule.budget_nbytes, count)
-    for budget in sorted(budgets, key=lambda budget: abs(math.log(budget / planned.schedule.budget_nbytes))):  # near ones first
-        if time.monotonic() > ends:
-            break
-        try:
-            schedule = plan(replace(planned.problem, budget_nbytes=budget), time_limit_s=_SECONDS)
-        except BudgetError:  # the smallest is that of the leanest places, which this search may leave
-            continue
-        found.append(Point(budget, schedule.sweep_us, len(schedule.steps)))
-    return tuple(sorted(found, key=lambda point: point.budget_nbytes))
+    found = ((budget, sketch(replace(planned.problem, budget_nbytes=budget))) for budget in _budgets(smallest, planned, count))
+    points = [Point(budget, schedule.sweep_us, len(schedule.steps)) for budget, schedule in found if schedule is not None]
+    own = Point(planned.schedule.budget_nbytes, planned.schedule.sweep_us, len(planned.schedule.steps))
+    return tuple(point for point in points if not _dominated(point, [*points, own]))
 
 
-def _budgets(smallest: int, budget: int, count: int) -> Sequence[int]:
+def _dominated(point: Point, others: Sequence[Point]) -> bool:
+    """Whether a smaller budget buys a faster sweep: then the larger one buys it, too."""
+    return any(other.budget_nbytes < point.budget_nbytes and other.sweep_us < point.sweep_us for other in others)
+
+
+def _budgets(smallest: int, planned: Plan, count: int) -> Sequence[int]:
     """Budgets in equal ratios, that of the plan left out: its own figures are known."""
-    largest = max(2 * budget, smallest + 1)
-    ratio = (largest / smallest) ** (1 / (count - 1))
+    budget = planned.schedule.budget_nbytes
+    ratio = (max(2 * budget, smallest + 1) / smallest) ** (1 / (count - 1))
     return sorted({round(smallest * ratio**number) for number in range(count)} - {budget})

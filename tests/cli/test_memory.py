@@ -56,6 +56,22 @@ def test_a_block_that_ends_makes_room() -> None:
     assert watch.peak_nbytes == base
 
 
+def test_what_happens_aside_does_not_count() -> None:
+    allocator_or_skip()
+    kept = []
+    gc.collect()
+    base = live_nbytes(CPU)
+    with PeakWatch(CPU, measured_steps=2) as watch:
+        for number, nbytes in enumerate((MIB, 3 * MIB, 2 * MIB)):
+            with watch.aside():
+                torch.empty(32 * MIB, dtype=torch.uint8)
+                kept.append(torch.empty(MIB, dtype=torch.uint8))  # as the state that a step makes, and as memory it is counted
+            torch.empty(nbytes, dtype=torch.uint8)
+            watch.count_step()
+            assert (watch.peak_nbytes is None) == (number < 2)
+    assert watch.peak_nbytes == base + (2 + 3) * MIB  # the second step; the third has 3 MiB kept and needs 2 more
+
+
 def test_nothing_is_measured_unless_asked() -> None:
     with PeakWatch(CPU, measured_steps=0) as watch:
         watch.count_step()

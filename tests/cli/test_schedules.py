@@ -65,6 +65,17 @@ def test_train_refuses_a_plan_for_something_else(
     assert "inputs: the plan has" in line
 
 
+@pytest.mark.slow
+def test_a_plan_for_another_optimizer(model_dir: Path, text_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    plan = tmp_path / "plan.json"
+    assert main(["plan", str(model_dir), *SHAPE, *BUDGET, "--optimizer", "sgd-momentum", "--seconds", "1", "--json", str(plan)]) == 0
+    arguments = training(model_dir, text_file, tmp_path / "out", "--schedule", str(plan))
+    assert main(arguments) == 1
+    assert "optimizer: the plan has " in error_line(capsys)
+    assert main([*arguments, "--optimizer", "sgd-momentum", "--lr", "0.1", "--lr-schedule", "constant"]) == 0
+    assert "plan: plain sgd-momentum needs " in capsys.readouterr().err
+
+
 def test_refusals_before_the_model_is_loaded(
     plan_file: Path, model_dir: Path, text_file: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

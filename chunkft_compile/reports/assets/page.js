@@ -62,6 +62,9 @@
     return found;
   }
 
+  // What is there at every instant of a step: the axis may begin there, or the rest is a thin line on top of the weights.
+  const constantOf = (number) => { const step = data.steps[number]; return step.lifetimes.filter(([, , , first, last]) => first === 0 && last === step.instants.length - 1).reduce((sum, one) => sum + one[2], 0); };
+
   function drawMemory() {
     const step = data.steps[state.step], found = stacksOf(state.step), [unit, unitName] = scaleOf(data.budget);
     const names = step.instants.map(([name]) => name), x = names.map((_, i) => i);
@@ -69,20 +72,21 @@
     const traces = found.map((stack, c) => ({ type: "bar", x, y: stack.map((n) => n / unit), name: data.categories[c], marker: { color: CATEGORY[c] }, hovertext: hover, hoverinfo: "text" }));
     const measured = data.measured.find((one) => one.step === state.step);
     if (measured && measured.instants.some((n) => n !== null)) traces.push({ type: "scatter", mode: "lines", x, y: measured.instants.map((n) => n === null ? null : n / unit), line: { color: css("--ink"), width: 2, shape: "hvh" }, name: "measured", hovertext: measured.instants.map((n) => n === null ? "not measured" : `measured ${bytes(n)}`), hoverinfo: "text" });
-    const budget = data.budget / unit, ends = [-0.5, x.length - 0.5];
+    const budget = data.budget / unit, ends = [-0.5, x.length - 0.5], zoomed = byId("zoom").checked;
+    const floor = zoomed ? 0.98 * constantOf(state.step) / unit : 0;
     const shapes = [
       { type: "line", x0: ends[0], x1: ends[1], y0: budget, y1: budget, line: { color: css("--ink"), dash: "dash", width: 1.5 } },
-      { type: "rect", x0: state.instant - 0.5, x1: state.instant + 0.5, y0: 0, y1: step.instants[state.instant][3] / unit, line: { color: css("--ink"), width: 2 } },
+      { type: "rect", x0: state.instant - 0.5, x1: state.instant + 0.5, y0: floor, y1: step.instants[state.instant][3] / unit, line: { color: css("--ink"), width: 2 } },
     ];
     const peak = { x: step.binding, y: step.peak / unit, text: "peak", showarrow: true, arrowhead: 2, ay: -18, ax: 0, font: { color: css("--ink") } };
     const label = { x: ends[0], y: budget, text: `budget ${bytes(data.budget)}`, showarrow: false, xanchor: "left", yanchor: "bottom", font: { color: css("--ink") } };
     // Three words tell where one is: the first instant of forward, backward and update.
     const first = (word) => names.findIndex((name) => name.startsWith(word));
-    const ticks = ["forward", "backward", "update"].map((word) => [first(word), word]).filter(([at]) => at >= 0);
+    const ticks = ["forward", "backward", "update"].map((word) => [first(word), word]).filter(([at], i) => at >= 0 && (i === 0 || at < 0.85 * x.length));
     draw("memory", traces, {
       barmode: "stack", shapes, annotations: [peak, label],
-      xaxis: { tickvals: ticks.map(([at]) => at), ticktext: ticks.map(([, word]) => word), range: ends, ticklabelposition: "outside right" },
-      yaxis: { title: { text: unitName }, range: [0, 1.08 * Math.max(budget, step.peak / unit)], rangemode: "tozero" },
+      xaxis: { tickvals: ticks.map(([at]) => at), ticktext: ticks.map(([, word]) => word), range: ends, ticklabelposition: "outside right", tickangle: 0 },
+      yaxis: { title: { text: unitName }, range: [floor, floor + 1.08 * (Math.max(budget, step.peak / unit) - floor)] },
     }, `Bytes at the ${names.length} instructions of step ${state.step + 1}, by category. The most are ${bytes(step.peak)} at ${names[step.binding]}, the budget is ${bytes(data.budget)}.`);
     legend("categories", [...data.categories.map((category, c) => [category, CATEGORY[c]]).filter((_, c) => found[c].some(Boolean)), ...(measured ? [["measured (line)", css("--ink")]] : [])]);
     showInstant();
@@ -194,10 +198,11 @@
     if (!data.points.length) { byId("curve-section").hidden = true; return; }
     const [unit, name] = scaleOf(data.budget), own = [data.budget, data.steps.reduce((sum, step) => sum + step.us, 0), data.steps.length];
     const all = [...data.points, own].sort((a, b) => a[0] - b[0]), word = ([budget, us, steps]) => `${bytes(budget)}: ${time(us)} a sweep of ${steps} step${steps > 1 ? "s" : ""}`;
+    const times = all.map(([, us]) => us), steep = Math.max(...times) > 20 * Math.min(...times);
     draw("curve", [
       { type: "scatter", mode: "lines+markers", x: all.map(([budget]) => budget / unit), y: all.map(([, us]) => us / 1e6), line: { color: css("--accent") }, marker: { size: 7, color: css("--accent") }, hovertext: all.map(word), hoverinfo: "text" },
       { type: "scatter", mode: "markers+text", x: [own[0] / unit], y: [own[1] / 1e6], text: ["this plan"], textposition: "top right", marker: { size: 14, symbol: "circle-open", color: css("--ink"), line: { width: 3 } }, hovertext: word(own), hoverinfo: "text" },
-    ], { xaxis: { title: { text: `budget, ${name}` } }, yaxis: { title: { text: "s per sweep" }, rangemode: "tozero" } }, all.map(word).join("; "));
+    ], { xaxis: { title: { text: `budget, ${name}` } }, yaxis: { title: { text: "s per sweep" }, ...(steep ? { type: "log", dtick: "D2" } : { rangemode: "tozero" }) } }, all.map(word).join("; "));
     return all;
   }
 
@@ -227,6 +232,8 @@
     if (event.key === "ArrowLeft") choose(state.step - 1);
     if (event.key === "ArrowRight") choose(state.step + 1);
   });
+  byId("zoom").checked = constantOf(0) > 0.8 * data.budget;
+  byId("zoom").addEventListener("change", drawMemory);
   byId("param").replaceChildren(...data.params.map((param, p) => { const made = element("option", param.name); made.value = p; return made; }));
   byId("param").addEventListener("change", (event) => { state.param = Number(event.target.value); drawRows(); });
 
