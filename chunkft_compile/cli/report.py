@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from chunkft_compile.cli.options import check_writable
-from chunkft_compile.cli.planned import say
 from chunkft_compile.planner import Plan
 from chunkft_compile.reports.comparison import format_comparison
 from chunkft_compile.reports.data import to_data
