@@ -85,7 +85,7 @@ def plans(
     return tuple(schedules)
 
 
-def sketch(problem: Problem) -> Schedule | None:
+def sketch(problem: Problem, *, prefer: Prefer = "time") -> Schedule | None:
     """The best of greedy and `METHODS`, without a search: a second's work where `plan` takes ten. None where none of them fits.
 
     Its gap is 1: nothing is proven, and a search may find a faster sweep.
@@ -95,7 +95,7 @@ def sketch(problem: Problem) -> Schedule | None:
     found = [finish(problem, draft, bundled) for draft in known_drafts(bundled.problem)]
     if not found:
         return None
-    steps, places = min(found, key=lambda one: rank(one[0], "time"))
+    steps, places = min(found, key=lambda one: rank(one[0], prefer))
     schedule = Schedule(problem.budget_nbytes, steps, places, "GREEDY", 1.0, time.perf_counter() - start)
     verify(problem, schedule)
     return schedule

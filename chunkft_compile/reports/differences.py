@@ -1,5 +1,6 @@
 """Two plans side by side: what they were made for, what they cost, and what each segment and chunk does differently in them."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -13,6 +14,7 @@ from chunkft_compile.reports.moments import share, time_split
 from chunkft_compile.reports.spans import spans
 from chunkft_compile.reports.summary import by_place, fingerprint_rows, fullest, how_sure
 
+_CHUNK = re.compile(r"(?P<parameter>.*)\[(?P<start>\d+):(?P<stop>\d+)\]", re.DOTALL)
 _SPANS = 8  # of each sweep, to see what is trained when
 _NAMED = 3  # parameters
 _SMALL = 0.001  # of all gradients
@@ -203,7 +205,6 @@ def _trained_in(plan: Plan) -> dict[str, list[tuple[int, int, str, Fraction]]]:
 
 
 def _rows(name: str) -> tuple[str, int, int]:
-    """`fqn`, 0 and 64 of a chunk `fqn[0:64]`."""
-    parameter, _, rows = name.removesuffix("]").rpartition("[")
-    start, _, stop = rows.partition(":")
-    return parameter, int(start), int(stop)
+    """`fqn`, 0 and 64 of a chunk `fqn[0:64]`; another name is that of one row of its own."""
+    found = _CHUNK.fullmatch(name)
+    return (found["parameter"], int(found["start"]), int(found["stop"])) if found else (name, 0, 1)

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from chunkft_compile.planner import Placement, Plan, Problem, Trace, Update, transfer_us
+from chunkft_compile.planner import Placement, Plan, Problem, Schedule, Trace, Update, sketch, transfer_us
 from chunkft_compile.planner.explaining import alternatives, fits_at_all
 from chunkft_compile.planner.limits import Capacity
+from chunkft_compile.planner.traces import trace_bound
 from chunkft_compile.planner.units import format_nbytes, format_us
 from chunkft_compile.reports.document import Section, Table
 from chunkft_compile.reports.moments import share, time_split, time_table
-from chunkft_compile.reports.others import Sweep, bound_of, in_fewer_steps, sweep_of
+from chunkft_compile.reports.others import bound_of, in_fewer_steps
 from chunkft_compile.reports.summary import by_place, steps_word
 
 _FULL = 0.99  # of the budget
@@ -47,10 +48,10 @@ def why_steps(planned: Plan) -> Section:
         return Section(f"Why T = {count}", ("By the planner's bound the steps do not fit the budget; lowered they do.",))
     full = sum(step.peak_nbytes >= _FULL * problem.budget_nbytes for step in planned.schedule.steps)
     sentences = [*_room(problem), f"{full} of {steps_word(count)} fill the budget to {_FULL:.0%} or more."]
-    sweep = None if planned.schedule.status == "GREEDY" else sweep_of(problem, planned.schedule.places.weights)
+    sweep = None if planned.schedule.status == "GREEDY" else sketch(problem, prefer="fresh")
     if sweep is not None and len(sweep.steps) < count:
         sentences.append(
-            f"A sweep of {steps_word(len(sweep.steps))} fits, too, in {format_us(sweep.us)}; --prefer fresh chooses the fewest steps."
+            f"A sweep of {steps_word(len(sweep.steps))} fits, too, in {format_us(sweep.sweep_us)}; --prefer fresh chooses the fewest steps."
         )
     return Section(f"Why T = {count}", tuple(sentences))
 
@@ -112,23 +113,24 @@ def _copies(planned: Plan) -> str:
 
 def levers(planned: Plan, traces: Sequence[Trace]) -> Section:
     """Other sweeps of the same chunks, beside this plan."""
-    schedule, weights = planned.schedule, planned.schedule.places.weights
+    problem, schedule = planned.problem, planned.schedule
     count, bound = len(schedule.steps), bound_of(planned)
-    rows = [_row("this plan", schedule.budget_nbytes, count, schedule.sweep_us, time_split(traces))]
+    rows = [_row("this plan", schedule, time_split(traces))]
     if bound is not None and planned.lowered:
-        rows.append(_sweep("this plan, by the planner's bound", bound))
-    us = schedule.sweep_us if bound is None else bound.us
+        rows.append(_sketched("this plan, by the planner's bound", problem, bound))
     larger = [in_fewer_steps(planned, most, _SECONDS) for most in _fewer(count)]
     if count == 1:
-        larger = [sweep_of(replace(planned.problem, budget_nbytes=int(factor * schedule.budget_nbytes)), weights) for factor in _MORE]
-    rows += [
-        _sweep(f"{format_nbytes(sweep.problem.budget_nbytes - schedule.budget_nbytes, up=True)} more", sweep) for sweep in larger if sweep
-    ]
-    for what, problem in forbidden(planned).items():
-        sweep = sweep_of(problem, weights)
-        if sweep is not None and (sweep.us < (1 - _SMALL) * us or len(sweep.steps) < count):
-            rows.append(_sweep(f"{what} ({how(planned, what)})", sweep))
-    sentence = "Found greedily with the chunks of this plan, by the planner's bound: planning anew may find better ones."
+        larger = [sketch(replace(problem, budget_nbytes=int(factor * schedule.budget_nbytes))) for factor in _MORE]
+    for found in larger:
+        if found is not None:
+            more = format_nbytes(found.budget_nbytes - schedule.budget_nbytes, up=True)
+            rows.append(_sketched(f"{more} more", problem, found))
+    us = schedule.sweep_us if bound is None else bound.sweep_us
+    for what, other in forbidden(planned).items():
+        found = sketch(other)
+        if found is not None and (found.sweep_us < (1 - _SMALL) * us or len(found.steps) < count):
+            rows.append(_sketched(f"{what} ({how(planned, what)})", other, found))
+    sentence = "Found without a search and with the chunks of this plan, by the planner's bound: planning anew may find better ones."
     headers = ("with", "budget", "T", "per sweep", "exposed transfers", "recompute")
     return Section("What would change T and time", (sentence,), (Table(headers, tuple(dict.fromkeys(rows))),))
 
@@ -138,10 +140,10 @@ def _fewer(count: int) -> list[int]:
     return sorted({count - 1 if count <= 4 else count // 2, max(1, count // 10), 1} - {0, count}, reverse=True)
 
 
-def _sweep(what: str, sweep: Sweep) -> tuple[str, ...]:
-    return _row(what, sweep.problem.budget_nbytes, len(sweep.steps), sweep.us, sweep.time_split())
+def _sketched(what: str, problem: Problem, schedule: Schedule) -> tuple[str, ...]:
+    return _row(what, schedule, time_split(trace_bound(problem, step, schedule.places) for step in schedule.steps))
 
 
-def _row(what: str, budget_nbytes: int, steps: int, us: int, split: dict[str, int]) -> tuple[str, ...]:
-    copies, again = format_us(split["exposed transfers"]), format_us(split["recompute"])
-    return what, format_nbytes(budget_nbytes, up=True), str(steps), format_us(us), copies, again
+def _row(what: str, schedule: Schedule, split: dict[str, int]) -> tuple[str, ...]:
+    times = (schedule.sweep_us, split["exposed transfers"], split["recompute"])
+    return what, format_nbytes(schedule.budget_nbytes, up=True), str(len(schedule.steps)), *map(format_us, times)

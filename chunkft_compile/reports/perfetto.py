@@ -6,7 +6,7 @@ category (stacked), the peak of every instruction, and the budget.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from chunkft_compile.planner import Category, Instant, Op, Plan, Trace, traces_of
@@ -39,6 +39,7 @@ def _rows(planned: Plan) -> Iterator[dict[str, Any]]:
 def _events(planned: Plan) -> Iterator[dict[str, Any]]:
     start_us, traces = 0, traces_of(planned)
     budget = planned.schedule.budget_nbytes
+    used = [category for category in Category if any(any(trace.stacks()[category]) for trace in traces)]
     yield _counter("budget", 0, {"bytes": budget})
     for number, (step, trace) in enumerate(zip(planned.schedule.steps, traces, strict=True), 1):
         args = {
@@ -51,12 +52,12 @@ def _events(planned: Plan) -> Iterator[dict[str, Any]]:
             **{f"{what} us": us for what, us in trace.time_split().items()},
         }
         yield _slice("steps", f"step {number} of {len(traces)}", start_us, sum(instant.us for instant in trace.instants), args)
-        yield from _instants(trace, start_us)
+        yield from _instants(trace, start_us, used)
         start_us += sum(instant.us for instant in trace.instants)
     yield _counter("budget", start_us, {"bytes": budget})
 
 
-def _instants(trace: Trace, start_us: int) -> Iterator[dict[str, Any]]:
+def _instants(trace: Trace, start_us: int, used: Sequence[Category]) -> Iterator[dict[str, Any]]:
     stacks, binding = trace.stacks(), trace.binding
     for number, instant in enumerate(trace.instants):
         args = {
@@ -66,7 +67,7 @@ def _instants(trace: Trace, start_us: int) -> Iterator[dict[str, Any]]:
             **({"binds": "this is the peak of the step"} if number == binding else {}),
         }
         yield from _instant(instant, start_us, args)
-        yield _counter("memory", start_us, {str(category): stack[number] for category, stack in stacks.items()})
+        yield _counter("memory", start_us, {str(category): stacks[category][number] for category in used})
         yield _counter("peak", start_us, {"bytes": instant.peak_nbytes})
         start_us += instant.us
 
