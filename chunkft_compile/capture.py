@@ -59,7 +59,8 @@ class Capture:
 
     `graph` holds ATen calls only; `constants` are tensors that tracing lifted out of the code. `outputs` are the model's
     outputs as flat leaves, each a node or a constant; `rebuild` gives them their structure back. Node dictionaries map
-    placeholders to names (`params`, `buffers`) or positions (`inputs` among the tensor leaves, `tangents` among `outputs`).
+    placeholders to names (`params`, `buffers`) or positions (`inputs` among the tensor leaves, `tangents` among `outputs`). `copied`
+    blocks of the model were not traced, but are copies of another.
     """
 
     graph: fx.Graph
@@ -74,6 +75,7 @@ class Capture:
     mutations: dict[str, fx.Node]
     out_spec: pytree.TreeSpec
     lost: tuple[str, ...]
+    copied: int = 0
 
     def rebuild(self, leaves: Sequence[Any]) -> Any:
         """The model's own output object around `leaves`, with `Dropped` in the fields that training does not keep."""
@@ -88,7 +90,7 @@ class Capture:
         return output
 
 
-class _Template(nn.Module):
+class Template(nn.Module):
     """Takes the tensors of a call and calls the model with them and the call's constants in their places."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, *, loss_only: bool) -> None:
@@ -156,7 +158,7 @@ def _capture(
     loss_only: bool,
 ) -> tuple[Capture, Symbols]:
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    template = _Template(model, leaves, spec, loss_only=loss_only)
+    template = Template(model, leaves, spec, loss_only=loss_only)
     template.training = model.training
     # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
@@ -191,7 +193,7 @@ def _capture(
 
 
 def _trace(
-    model: nn.Module, leaves: Sequence[Any], template: _Template, tensors: Sequence[torch.Tensor]
+    model: nn.Module, leaves: Sequence[Any], template: Template, tensors: Sequence[torch.Tensor]
 ) -> tuple[fx.GraphModule, FakeTensorMode]:
     """The graph of a call, by Dynamo if it has not traced it already."""
     if isinstance(model, TracedModel):
