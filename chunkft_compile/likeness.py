@@ -78,6 +78,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question, such as for the device: what follows from the answer is compared
+            return func(*args, **kwargs)
         if not self._inside and 0 < self._part <= self._depth:
             if self._part < self._depth:
                 raise _Doubt(f"{func} is called between block {self._part - 1} and the next")
@@ -85,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         row: list[object] = [str(func), torch.is_grad_enabled(), self._written(args), self._written(sorted(kwargs.items()))]
         result = func(*args, **kwargs)
         rows = self.parts[self._part]
-        for item, leaf in enumerate(pytree.tree_leaves(result)):
+        for item, leaf in enumerate([result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result)):
             if not isinstance(leaf, torch.Tensor):
                 row.append(self._written(leaf))
                 continue

@@ -249,7 +249,8 @@ class _Repeater:
             made.append(old if same else self._fake(old, storage))
             return made[-1]
 
-        return pytree.tree_map_only(torch.Tensor, fake, node.meta["val"])
+        value = node.meta["val"]
+        return fake(value) if isinstance(value, torch.Tensor) else pytree.tree_map_only(torch.Tensor, fake, value)
 
     def _fake(self, like: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
         bare = torch.empty(0, dtype=like.dtype, device="meta").set_(storage, like.storage_offset(), like.shape, like.stride())
@@ -294,6 +295,8 @@ def _target(desc: Any) -> str:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):  # as almost always
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
