@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 # Private (2.13.0): there is no public way to see the operators that a model calls.
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from chunkft_compile.stacks import KEPT, Stack
 
@@ -133,7 +133,8 @@ class _Recorder(TorchDispatchMode):
             raise _Doubt("a tensor comes from nowhere")
         self.tensors.append(tensor)
         if tensor.numel() <= _SMALL and tensor.device.type == "cpu":
-            return "value", _layout(tensor), str(tensor.tolist())
+            with _disable_current_modes():
+                return "value", _layout(tensor), str(tensor.tolist())
         return "constant", id(tensor)
 
     def _seen(self, place: _Place) -> object:
@@ -244,15 +245,17 @@ def _watch(module: nn.Module, recorder: _Recorder, block: int) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Gradients are on; autocast keeps no casts, as none are kept where a graph is traced; warnings wait for tracing."""
-    cached = torch.is_autocast_cache_enabled()
+    """Gradients are on; autocast keeps no casts, as none are kept where a graph is traced; what torch and the model complain of, they will while tracing."""
+    cached, complaints = torch.is_autocast_cache_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
     torch.set_autocast_cache_enabled(False)
+    heard, complaints.disabled = complaints.disabled, True
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+        complaints.disabled = heard
 
 
 def _give_back(made: Sequence["weakref.ref[torch.Tensor]"]) -> None:

@@ -28,6 +28,7 @@ from chunkft_compile.traced import MODEL
 _PATTERN, _LAST = KEPT - 2, KEPT - 1
 _UP, _DOWN = "up", "down"
 _T = TypeVar("_T")
+_SMALL = 16  # elements of a constant that is compared by value
 _MODULES = ("nn_module_stack", "fwd_nn_module_stack")
 
 
@@ -56,6 +57,8 @@ class _Blocks:
         known: dict[bool, int | None] = {True: None, False: None}
         for node in shallow.graph.nodes:
             self.of[node] = stack.block_of(names[node])[0] if node in names else None
+            if node.op == "get_attr":
+                self.of[node] = self._named(node.meta.get(_MODULES[0]) or {})
             if node.op == "call_function":  # sums of gradients have no module: they follow on the call that gave the last of them
                 modules = node.meta.get(_MODULES[0] if is_forward(node) else _MODULES[1])
                 self.of[node] = known[is_forward(node)] = self._named(modules) if modules else known[is_forward(node)]
@@ -69,8 +72,8 @@ class _Blocks:
     def check(self) -> int:
         """How far sequence numbers of a block are from those of its predecessor. Raises `_IrregularError`."""
         calls = [node for node in self.of if node.op == "call_function"]
-        for forward in (True, False):
-            order = [block for block, _ in groupby(self.of[node] for node in calls if is_forward(node) is forward) if block is not None]
+        for forward, stretch in ((True, _UP), (False, _DOWN)):
+            order = [block for block, _ in groupby(self.of[node] for node in self.of if _stretch(node) == stretch) if block is not None]
             if order != list(range(KEPT))[:: 1 if forward else -1]:
                 raise _IrregularError(f"the {'forward' if forward else 'backward'} of blocks is in the order {order}")
         for node in calls:
@@ -127,7 +130,11 @@ class _Blocks:
         name = self.capture.params.get(node) or self.capture.buffers.get(node)
         inner = [self.stack.block_of(each)[1] for each in (name, *self.gradient_of.get(node, [])) if each is not None]
         modules = [[self.path.sub("", path) for path, _ in node.meta.get(kind, {}).values()] for kind in _MODULES]
-        call = (str(node.target), repr(fx.node.map_arg((node.args, node.kwargs), seen)), is_forward(node)) if node.op != "placeholder" else ()
+        call: tuple[object, ...] = ()
+        if node.op == "call_function":
+            call = (str(node.target), repr(fx.node.map_arg((node.args, node.kwargs), seen)), is_forward(node))
+        if node.op == "get_attr":
+            call = (str(self.capture.constants[node].tolist()),) if self.capture.constants[node].numel() <= _SMALL else (node.name,)
         return node.op, call, values, [(seen(owner), leaf) for owner, leaf in self.owners[node]], inner, modules
 
 
@@ -155,6 +162,8 @@ class _Repeater:
                 if node in getattr(old, field):
                     name = getattr(old, field)[node]
                     found[new] = self._renamed(name, deep) if isinstance(name, str) else name
+                    if field == "constants" and self._is_copy(deep):  # in bytes of its own, as if traced
+                        found[new] = name.clone()
         self._write_output()
         gradients = self._spread(old.gradients, lambda name: self._stack.block_of(name)[0], lambda _: None)
         return replace(
@@ -184,6 +193,8 @@ class _Repeater:
         """One node of the deep graph."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._read(source, node, deep))
         target = f"primals_{len(self._made) + 1}" if node.name.startswith("primals_") else node.target
+        if node.op == "get_attr" and self._is_copy(deep):
+            target = f"{node.target}_{deep}"
         new = self._graph.create_node(node.op, target, args, kwargs)
         meta = dict(node.meta)
         if deep is not None and deep != self._blocks.of[node]:
@@ -194,7 +205,7 @@ class _Repeater:
             meta["seq_nr"] += self._later(node, deep)
         new.meta = meta
         self._made[node, deep] = new
-        if node.op == "call_function" and deep is not None:
+        if deep is not None:
             meta["val"] = self._value(node, deep)
         return new
 
@@ -206,7 +217,10 @@ class _Repeater:
         for (value, desc), deep in self._spread(pairs, lambda pair: self._stack.block_of(_target(pair[1]))[0], lambda _: None):
             values.append(value if not isinstance(value, fx.Node) else self._made[value, deep] if deep is not None else self._from_outside(value))
             descriptions.append(self._described(desc, deep))
-        self._graph.output(tuple(values)).meta = output.meta | {"desc": descriptions}
+        self._graph.output(type(results)(values)).meta = output.meta | {"desc": descriptions}
+
+    def _is_copy(self, deep: int | None) -> bool:
+        return deep is not None and _PATTERN < deep < self._end
 
     def _read(self, source: fx.Node, reader: fx.Node, deep: int | None) -> fx.Node:
         """What stands for an argument where `reader` is written for a block."""
@@ -233,7 +247,7 @@ class _Repeater:
         """Fake values in storages of their own, or in those of the nodes whose views they are."""
         owners = iter(self._blocks.owners[node])
         made: list[torch.Tensor] = []
-        is_copy = deep > _PATTERN and deep != self._end
+        is_copy = self._is_copy(deep)
 
         def fake(old: torch.Tensor) -> torch.Tensor:
             owner, number = next(owners)
@@ -286,7 +300,9 @@ class _Repeater:
 
 
 def _stretch(node: fx.Node) -> object:
-    return node.op if node.op != "call_function" else _UP if is_forward(node) else _DOWN
+    if node.op in ("call_function", "get_attr"):
+        return _UP if is_forward(node) else _DOWN
+    return node.op
 
 
 def _target(desc: Any) -> str:
