@@ -29,9 +29,13 @@ from torch.utils import _pytree as pytree
 # Private (2.13.0): there is no public way to see the operators that a model calls.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from chunkft_compile.stacks import KEPT, Stack
+from chunkft_compile.stacks import Stack
 
 logger = logging.getLogger(__name__)
+
+FEW, MORE = 4, 5
+"""Blocks that are traced where all are equal: the first (next to what stands before), two that show how one follows the other, and the last. If
+blocks read a trained value in common, its gradients are summed up along them; the sum begins in the last but one, which is then another."""
 
 _SMALL = 16  # elements of a constant that is compared by value
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -57,6 +61,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.parts: list[list[object]] = [[] for _ in range(depth + 2)]  # before the blocks, each block, behind them
         self.tensors: list[torch.Tensor] = []
+        self.have_common = False  # whether blocks read a trained value that none of them made
         self._depth = depth
         self._part = 0
         self._inside = False
@@ -122,6 +127,12 @@ class _Recorder(TorchDispatchMode):
         raise _Doubt(f"an argument is a {type(value).__name__}")
 
     def _origin(self, tensor: torch.Tensor) -> object:
+        origin = self._found(tensor)
+        if self._part > 1 and self._inside and origin[0] in ("before all", "shared") and tensor.requires_grad:
+            self.have_common = True
+        return origin
+
+    def _found(self, tensor: torch.Tensor) -> tuple[object, ...]:
         if (place := self._places.get(id(tensor))) is not None:
             return self._seen(place)
         if (named := self._named.get(id(tensor))) is not None:
@@ -137,7 +148,7 @@ class _Recorder(TorchDispatchMode):
                 return "value", _layout(tensor), str(tensor.tolist())
         return "constant", id(tensor)
 
-    def _seen(self, place: _Place) -> object:
+    def _seen(self, place: _Place) -> tuple[object, ...]:
         """Where a result comes from, as seen from the part that is running."""
         if place.part == 0:
             where = "before all"
@@ -154,35 +165,43 @@ def _layout(tensor: torch.Tensor) -> object:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
-def why_unlike(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], stack: Stack, batch: Sequence[torch.Tensor]) -> str | None:
-    """Why `wrap(model)`, called with `batch`, is not proven to be its shallow form with a block repeated; None where it is.
+def blocks_to_trace(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], stack: Stack, batch: Sequence[torch.Tensor]) -> int | str:
+    """How many blocks of `wrap(model)`, called with `batch`, say what all of them do; or why that is not proven.
 
-    Neither the model nor its batch change, and nothing is computed. `wrap` gets copies of the model.
+    Neither the model nor its batch change, and nothing is computed.
     """
     state = random.getstate()
     try:
         deep = _record(model, wrap, stack, batch, stack.depth)
-        shallow = _record(model, wrap, stack, batch, KEPT)
+        kept = MORE if deep.have_common else FEW
+        before, first, *middle, behind = deep.parts
+        for block, part in enumerate(middle, 1):
+            if part != middle[0]:
+                return f"block {block} does not do the same as block 1"
+        shallow = _record(model, wrap, stack, batch, kept)
         if random.getstate() != state:
             return "forward draws random numbers in Python"
     except _Doubt as doubt:
         return str(doubt)
     finally:
         random.setstate(state)
-    (before, first, *middle, behind), outputs = deep
-    (other_before, other_first, *other_middle, other_behind), other_outputs = shallow
-    for block, part in enumerate(middle, 1):
-        if part != middle[0]:
-            return f"block {block} does not do the same as block 1"
-    same = all(part == middle[0] for part in other_middle)
-    same &= before == other_before and first == other_first and behind == other_behind and outputs == other_outputs
-    return None if same else "what stands around the blocks depends on their number"
+    same = shallow.parts == [before, first, *middle[: kept - 1], behind] and shallow.outputs == deep.outputs
+    return kept if same else "what stands around the blocks depends on their number"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What was recorded: the calls before the blocks, of each block and behind them, and the outputs."""
+
+    parts: list[list[object]]
+    outputs: object
+    have_common: bool
 
 
 def _record(
     model: nn.Module, wrap: Callable[[nn.Module], nn.Module], stack: Stack, batch: Sequence[torch.Tensor], depth: int
-) -> tuple[list[list[object]], object]:
-    """The calls of a run with the first `depth` blocks, and its outputs."""
+) -> _Run:
+    """A run with the first `depth` blocks."""
     made = list[weakref.ref[torch.Tensor]]()
     doubt = ""
     try:
@@ -201,7 +220,7 @@ def _run(
     batch: Sequence[torch.Tensor],
     depth: int,
     made: list["weakref.ref[torch.Tensor]"],
-) -> tuple[list[list[object]], object]:
+) -> _Run:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = {id(tensor): _fake(mode, tensor) for tensor in (*model.parameters(), *model.buffers())}
     inputs = [_fake(mode, tensor) for tensor in batch]
@@ -216,7 +235,7 @@ def _run(
         found = recorder.finish(outputs)
     finally:
         made += [weakref.ref(tensor) for tensor in recorder.tensors if isinstance(tensor, FakeTensor)]
-    return recorder.parts, found
+    return _Run(recorder.parts, found, recorder.have_common)
 
 
 def _copied(model: nn.Module, stack: Stack, depth: int, fakes: Mapping[int, torch.Tensor]) -> nn.Module:

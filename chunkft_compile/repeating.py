@@ -1,7 +1,7 @@
 """The capture of a deep model from that of a shallow one: equal blocks are traced once, and the nodes of a middle one repeated.
 
 NOTE [which nodes are repeated]
-Of the blocks that were traced, the last but one is the *pattern*. It must be the same as its predecessor, node by node: what is called with
+Of the blocks that were traced, the third is the *pattern*. It must be the same as its predecessor, node by node: what is called with
 what, as seen from the block, and in which storages results lie. A node of a copy reads what that of the pattern reads: its own block, the
 block before (forward) or behind (backward), its own weights, or what stands outside. Everything else keeps its place, so that nodes come in
 the order in which tracing all blocks would give them.
@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from chunkft_compile.capture import Capture
 from chunkft_compile.segments import is_forward
-from chunkft_compile.stacks import KEPT, Stack
+from chunkft_compile.stacks import Stack
 from chunkft_compile.traced import MODEL
 
-_PATTERN, _LAST = KEPT - 2, KEPT - 1
+_PATTERN = 2
 _UP, _DOWN = "up", "down"
 _T = TypeVar("_T")
 _SMALL = 16  # elements of a constant that is compared by value
@@ -36,10 +36,10 @@ class _IrregularError(Exception):
     """The graph is not one that can be repeated, and why."""
 
 
-def repeat(shallow: Capture, stack: Stack) -> Capture | str:
-    """`shallow`, which has the first `KEPT` blocks of `stack`, with all of them; or why its pattern cannot be repeated."""
+def repeat(shallow: Capture, stack: Stack, kept: int) -> Capture | str:
+    """`shallow`, which has the first `kept` blocks of `stack`, with all of them; or why its pattern cannot be repeated."""
     try:
-        blocks = _Blocks(shallow, stack)
+        blocks = _Blocks(shallow, stack, kept)
         return _Repeater(blocks, blocks.check()).run()
     except _IrregularError as error:
         return str(error)
@@ -48,9 +48,11 @@ def repeat(shallow: Capture, stack: Stack) -> Capture | str:
 class _Blocks:
     """Which block every node of the shallow capture belongs to; None for those outside. Blocks are seen to be regular by `check`."""
 
-    def __init__(self, shallow: Capture, stack: Stack) -> None:
+    def __init__(self, shallow: Capture, stack: Stack, kept: int) -> None:
         self.capture = shallow
         self.stack = stack
+        self.last = kept - 1
+        self.copied = stack.depth - kept
         self.path = re.compile(rf"^(L\['self'\]\.{re.escape(MODEL + stack.path)}\.)(\d+)(?=\.|$)")
         self.of: dict[fx.Node, int | None] = {}
         names = shallow.params | shallow.buffers
@@ -62,7 +64,7 @@ class _Blocks:
             if node.op == "call_function":  # sums of gradients have no module: they follow on the call that gave the last of them
                 modules = node.meta.get(_MODULES[0] if is_forward(node) else _MODULES[1])
                 self.of[node] = known[is_forward(node)] = self._named(modules) if modules else known[is_forward(node)]
-        self.members = [[node for node, block in self.of.items() if block == i] for i in range(KEPT)]
+        self.members = [[node for node, block in self.of.items() if block == i] for i in range(kept)]
         self.position = {node: i for members in self.members for i, node in enumerate(members)}
         self.owners = _owners(shallow.graph)
         self.gradient_of: dict[fx.Node, list[str]] = {}
@@ -74,12 +76,12 @@ class _Blocks:
         calls = [node for node in self.of if node.op == "call_function"]
         for forward, stretch in ((True, _UP), (False, _DOWN)):
             order = [block for block, _ in groupby(self.of[node] for node in self.of if _stretch(node) == stretch) if block is not None]
-            if order != list(range(KEPT))[:: 1 if forward else -1]:
+            if order != list(range(self.last + 1))[:: 1 if forward else -1]:
                 raise _IrregularError(f"the {'forward' if forward else 'backward'} of blocks is in the order {order}")
         for node in calls:
             near = {self.of[source] for source in (*node.all_input_nodes, *(owner for owner, _ in self.owners[node]))}
             self._check_near(node, near - {None})
-        if any(self.of[leaf] in (_PATTERN - 1, _PATTERN) for leaf in self.capture.outputs if isinstance(leaf, fx.Node)):
+        if any(self.of[leaf] not in (None, self.last) for leaf in self.capture.outputs if isinstance(leaf, fx.Node)):
             raise _IrregularError("the model gives what a middle block made")
         if any(self.stack.block_of(name)[0] is not None for name in self.capture.mutations):
             raise _IrregularError("blocks change their buffers")
@@ -98,7 +100,7 @@ class _Blocks:
         own = self.of[node]
         for block in near:
             assert block is not None, "what is outside is near to all"
-            if block not in ((0, _LAST) if own is None else (own - 1, own, own + 1)):
+            if block not in ((0, self.last) if own is None else (own - 1, own, own + 1)):
                 raise _IrregularError(f"{node.name} reads a value of block {block}")
         for source in node.all_input_nodes:
             if source.op == "placeholder" and self.of[source] not in (None, own):
@@ -146,11 +148,10 @@ class _Repeater:
         self._old = blocks.capture
         self._stack = blocks.stack
         self._step = step
-        self._end = blocks.stack.depth - 1
         self._graph = fx.Graph()
         self._made: dict[tuple[fx.Node, int | None], fx.Node] = {}
         self._modules: dict[object, Any] = {}
-        self._behind = _behind(blocks.of)
+        self._behind = _behind(blocks)
 
     def run(self) -> Capture:
         """The deep capture."""
@@ -173,7 +174,7 @@ class _Repeater:
             outputs=tuple(self._from_outside(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in old.outputs),
             gradients={self._renamed(name, deep): self._made[old.gradients[name], deep] for name, deep in gradients},
             mutations={name: self._from_outside(node) for name, node in old.mutations.items()},
-            copied=self._stack.depth - KEPT,
+            copied=self._blocks.copied,
         )
 
     def _spread(
@@ -185,7 +186,9 @@ class _Repeater:
         """
         for (block, stretch), group in groupby(items, lambda item: (block_of(item), stretch_of(item))):
             found = list(group)
-            blocks: list[int | None] = [*range(_PATTERN, self._end)] if block == _PATTERN else [self._end if block == _LAST else block]
+            blocks = [self._deep(block)]
+            if block == _PATTERN:
+                blocks += range(_PATTERN + 1, _PATTERN + 1 + self._blocks.copied)
             for deep in reversed(blocks) if stretch == _DOWN else blocks:
                 yield from ((item, deep) for item in found)
 
@@ -220,7 +223,7 @@ class _Repeater:
         self._graph.output(type(results)(values)).meta = output.meta | {"desc": descriptions}
 
     def _is_copy(self, deep: int | None) -> bool:
-        return deep is not None and _PATTERN < deep < self._end
+        return deep is not None and _PATTERN < deep <= _PATTERN + self._blocks.copied
 
     def _read(self, source: fx.Node, reader: fx.Node, deep: int | None) -> fx.Node:
         """What stands for an argument where `reader` is written for a block."""
@@ -232,7 +235,7 @@ class _Repeater:
 
     def _at(self, node: fx.Node, deep: int) -> fx.Node:
         """The node of the shallow graph that stands in block `deep` where `node` stands in its own."""
-        block = _LAST if deep == self._end else min(deep, _PATTERN)
+        block = max(min(deep, _PATTERN), deep - self._blocks.copied)
         if block == self._blocks.of[node]:
             return node
         found = self._blocks.members[block][self._blocks.position[node]]
@@ -240,8 +243,11 @@ class _Repeater:
         return found
 
     def _from_outside(self, node: fx.Node) -> fx.Node:
-        block = self._blocks.of[node]
-        return self._made[node, self._end if block == _LAST else block]
+        return self._made[node, self._deep(self._blocks.of[node])]
+
+    def _deep(self, block: int | None) -> int | None:
+        """Where a block of the shallow model stands in the deep one."""
+        return block if block is None or block <= _PATTERN else block + self._blocks.copied
 
     def _value(self, node: fx.Node, deep: int) -> Any:
         """Fake values in storages of their own, or in those of the nodes whose views they are."""
@@ -274,7 +280,7 @@ class _Repeater:
         """How much later the operation of a node runs than in the shallow model."""
         block = self._blocks.of[node]
         if not self._blocks.is_numbered(node) or (block is None and node in self._behind):
-            return self._step * (self._stack.depth - KEPT)
+            return self._step * self._blocks.copied
         return 0 if block is None or deep is None else self._step * (deep - block)
 
     def _renamed(self, name: str, deep: int | None) -> str:
@@ -328,9 +334,9 @@ def _owners(graph: fx.Graph) -> dict[fx.Node, list[tuple[fx.Node, int]]]:
     }
 
 
-def _behind(of: Mapping[fx.Node, int | None]) -> set[fx.Node]:
+def _behind(blocks: _Blocks) -> set[fx.Node]:
     """The calls between the forward of the last block and its backward."""
-    calls = [node for node in of if node.op == "call_function"]
-    ends = [i for i, node in enumerate(calls) if of[node] == _LAST and is_forward(node)]
-    starts = [i for i, node in enumerate(calls) if of[node] == _LAST and not is_forward(node)]
-    return set(calls[ends[-1] + 1 : starts[0]])
+    calls = [node for node in blocks.of if node.op == "call_function"]
+    last = [i for i, node in enumerate(calls) if blocks.of[node] == blocks.last]
+    start = max(i for i in last if is_forward(calls[i])) + 1
+    return set(calls[start : min(i for i in last if not is_forward(calls[i]))])

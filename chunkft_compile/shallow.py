@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from chunkft_compile.capture import Capture, Template, capture
 from chunkft_compile.errors import CaptureError
-from chunkft_compile.likeness import why_unlike
+from chunkft_compile.likeness import blocks_to_trace
 from chunkft_compile.repeating import repeat
 from chunkft_compile.stacks import find_stack
 
@@ -38,12 +38,12 @@ def _try(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, lo
         template.training = copied.training
         return template
 
-    reason = why_unlike(model, wrap, stack, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-    if reason is not None:
-        return reason
+    kept = blocks_to_trace(model, wrap, stack, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+    if isinstance(kept, str):
+        return kept
     try:
-        with stack.shortened():
+        with stack.shortened(kept):
             shallow = capture(model, args, kwargs, loss_only=loss_only)
     except CaptureError as error:
         return str(error)
-    return repeat(shallow, stack)
+    return repeat(shallow, stack, kept)

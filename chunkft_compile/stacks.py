@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-KEPT = 4
-"""Blocks that are traced where all are equal: the first (next to the prelude), two that show how one follows the other, the last."""
-_LEAST = KEPT + 2  # of fewer, tracing all costs about as much as proving that they are equal
+LEAST = 6
+"""Of fewer blocks, tracing all of them costs about as much as proving that they are equal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +26,10 @@ class Stack:
         return (int(index), own) if rest != name and index.isdecimal() else (None, name)
 
     @contextmanager
-    def shortened(self) -> Iterator[None]:
-        """Inside, the model has its first `KEPT` blocks only."""
+    def shortened(self, kept: int) -> Iterator[None]:
+        """Inside, the model has its first `kept` blocks only."""
         held, modules = dict(self.blocks._modules), self.blocks._modules
-        for name in list(modules)[KEPT:]:
+        for name in list(modules)[kept:]:
             del modules[name]
         try:
             yield
@@ -44,7 +43,7 @@ def find_stack(model: nn.Module) -> Stack | None:
     stacks = (
         Stack(path, module, len(module)) for path, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential) and path
     )
-    found = max((stack for stack in stacks if stack.depth >= _LEAST), key=lambda stack: stack.depth, default=None)
+    found = max((stack for stack in stacks if stack.depth >= LEAST), key=lambda stack: stack.depth, default=None)
     return found if found is not None and _look_alike(model, found) else None
 
 
