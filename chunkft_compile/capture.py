@@ -117,13 +117,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True, run_on_error: bool = True
+) -> Capture:
     """Trace forward and backward of `model(*args, **kwargs)` into one graph.
 
     With `loss_only`, a model output that has a `loss` gives only that. Raises `CaptureError` with the user's file, line and
-    operation where the model cannot be one graph.
+    operation where the model cannot be one graph; with `run_on_error` the model runs before that, to show a mistake in the call as
+    what it is.
     """
-    found, _ = _capture(model, args, kwargs, None, None, loss_only=loss_only)
+    found, _ = _capture(model, args, kwargs, None, None, loss_only=loss_only, run_on_error=run_on_error)
     return found
 
 
@@ -156,6 +159,7 @@ def _capture(
     like: fx.Graph | None,
     *,
     loss_only: bool,
+    run_on_error: bool = True,
 ) -> tuple[Capture, Symbols]:
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     template = Template(model, leaves, spec, loss_only=loss_only)
@@ -180,8 +184,9 @@ def _capture(
                     fakes, symbols = symbolic_inputs(traced, tensors, named)
                 joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
         except (TorchDynamoException, RuntimeError, NotImplementedError) as error:
-            with torch.no_grad():
-                model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
+            if run_on_error:
+                with torch.no_grad():
+                    model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
             raise _explain(error, model) from error
     if like is not None:
         fold_sizes(joint.graph_module.graph, like)

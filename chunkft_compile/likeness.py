@@ -294,7 +294,7 @@ def _give_back(made: Sequence["weakref.ref[torch.Tensor]"]) -> None:
                     del holder[key]
     del found
     if left := sum(ref() is not None for ref in made):
-        logger.warning("forward keeps %d tensors outside of the model, which are fake now", left)
+        logger.warning("forward keeps %d tensors outside of the model, which are fake now: clear its caches before evaluating", left)
 
 
 def _holds(value: object, known: set[int]) -> bool:

@@ -215,9 +215,12 @@ class _Repeater:
     def _write_output(self) -> None:
         output = self._old.graph.output_node()
         results: Any = output.args[0]
-        pairs = list(zip(results, output.meta["desc"], strict=True))
+        # results are the outputs of the model, then one for each of its inputs, weights first: its gradient, or nothing
+        inputs = [self._blocks.of[node] for node in self._old.graph.find_nodes(op="placeholder") if node not in self._old.tangents]
+        blocks: list[int | None] = [None] * (len(results) - len(inputs)) + inputs
+        triples = list(zip(results, output.meta["desc"], blocks, strict=True))
         values, descriptions = [], []
-        for (value, desc), deep in self._spread(pairs, lambda pair: self._stack.block_of(_target(pair[1]))[0], lambda _: None):
+        for (value, desc, _), deep in self._spread(triples, lambda triple: triple[2], lambda _: None):
             values.append(value if not isinstance(value, fx.Node) else self._made[value, deep] if deep is not None else self._from_outside(value))
             descriptions.append(self._described(desc, deep))
         self._graph.output(type(results)(values)).meta = output.meta | {"desc": descriptions}

@@ -43,7 +43,7 @@ def _try(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, lo
         return kept
     try:
         with stack.shortened(kept):
-            shallow = capture(model, args, kwargs, loss_only=loss_only)
+            shallow = capture(model, args, kwargs, loss_only=loss_only, run_on_error=False)  # what it would keep is not for all blocks
     except CaptureError as error:
         return str(error)
     return repeat(shallow, stack, kept)
