@@ -1,12 +1,13 @@
 """The proof that a deep model is a shallow one with a block repeated: both are run on fake tensors, and every operator call is compared.
 
 NOTE [what is compared]
-The rows of a run are its calls in order: operator, arguments, results, whether autograd records it and as what. Arguments that are tensors are
-written by where they come from as seen from the block: the same block, the one before, what stands before all blocks, or a weight by its name
-inside the block. So two blocks have equal rows just where they do the same with weights of their own and the result of their predecessor, and a
-block that does something else (a window of its own, a scale by depth, a jump over two blocks, a weight of another block) does not.
-What the model does outside of its blocks, and its outputs, must be the same in both runs. Then tracing the deep model would give the graph of
-the shallow one with its middle block repeated, for tracing sees these calls and no others. Where anything is in doubt, there is no proof.
+The rows of a run are its calls in order: operator, arguments, results, whether autograd records it and as what. Arguments that are tensors
+are written by where they come from as seen from the block: the same block, the one before, what stands before all blocks, or a weight by
+its name inside the block. So two blocks have equal rows just where they do the same with weights of their own and the result of their
+predecessor, and not where one does something else: a window of its own, a scale by depth, a jump over two blocks, a weight of another.
+What the model does outside of its blocks, and its outputs, must be the same in both runs. Then tracing the deep model would give the graph
+of the shallow one with its middle block repeated, for tracing sees these calls and no others: code that asks whether it is being traced is
+told so in these runs, too. Where anything is in doubt, there is no proof.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import logging
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,10 @@ from chunkft_compile.stacks import Stack
 logger = logging.getLogger(__name__)
 
 FEW, MORE = 4, 5
-"""Blocks that are traced where all are equal: the first (next to what stands before), two that show how one follows the other, and the last. If
-blocks read a trained value in common, its gradients are summed up along them; the sum begins in the last but one, which is then another."""
+"""Blocks that are traced where all are equal: the first (next to what stands before), two that show how one follows another, the last.
+
+If blocks read a trained value in common, its gradients are summed up along them; the sum begins in the last but one, which then differs.
+"""
 
 _SMALL = 16  # elements of a constant that is compared by value
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -54,11 +57,11 @@ class _Place:
     item: int
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down the calls of a run of `depth` blocks. `named` are tensors that are there before, by where they come from."""
 
     def __init__(self, depth: int, named: Mapping[int, tuple[int | None, object]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parts: list[list[object]] = [[] for _ in range(depth + 2)]  # before the blocks, each block, behind them
         self.tensors: list[torch.Tensor] = []
         self.have_common = False  # whether blocks read a trained value that none of them made
@@ -110,7 +113,8 @@ class _Recorder(TorchDispatchMode):
         self._part = self._depth + 1
         for row, tensor in self._results:
             made = tensor.grad_fn
-            if isinstance(made, torch.autograd.function.BackwardCFunction) or tensor._backward_hooks:
+            of_operator = type(made).__name__.startswith("GeneratedBackwardFor_")  # by `torch.library`, the same wherever it is called
+            if (isinstance(made, torch.autograd.function.BackwardCFunction) and not of_operator) or tensor._backward_hooks:
                 raise _Doubt(f"{made or 'a tensor'} has a backward of its own")
             row.append((tensor.requires_grad, type(made).__name__))
         leaves, spec = pytree.tree_flatten(outputs)
@@ -198,16 +202,14 @@ class _Run:
     have_common: bool
 
 
-def _record(
-    model: nn.Module, wrap: Callable[[nn.Module], nn.Module], stack: Stack, batch: Sequence[torch.Tensor], depth: int
-) -> _Run:
+def _record(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], stack: Stack, batch: Sequence[torch.Tensor], depth: int) -> _Run:
     """A run with the first `depth` blocks."""
     made = list[weakref.ref[torch.Tensor]]()
     doubt = ""
     try:
         return _run(model, wrap, stack, batch, depth, made)
     except Exception as error:  # whatever the model raises on fake tensors: tracing it will tell. Its traceback must not keep them
-        doubt = f"{type(error).__name__}: {error}".splitlines()[0]
+        doubt = str(error) if isinstance(error, _Doubt) else f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         _give_back(made)
     raise _Doubt(doubt)
@@ -230,7 +232,7 @@ def _run(
     for block, module in enumerate(copied.get_submodule(stack.path).children()):
         _watch(module, recorder, block)
     try:
-        with _undisturbed(), mode, recorder:
+        with _as_if_traced(), mode, recorder:
             outputs = wrap(copied)(*inputs)
         found = recorder.finish(outputs)
     finally:
@@ -243,7 +245,7 @@ def _copied(model: nn.Module, stack: Stack, depth: int, fakes: Mapping[int, torc
     memo: dict[int, Any] = dict(fakes)
     for module in model.modules():  # other tensors stay: they may be large, and are compared by what they are
         memo |= {id(value): value for value in vars(module).values() if isinstance(value, torch.Tensor)}
-    memo |= {id(block): None for block in list(stack.blocks.children())[depth:]}
+    memo |= {id(block): nn.Identity() for block in list(stack.blocks.children())[depth:]}
     copied: nn.Module = copy.deepcopy(model, memo)
     modules = copied.get_submodule(stack.path)._modules
     for name in list(modules)[depth:]:
@@ -263,18 +265,19 @@ def _watch(module: nn.Module, recorder: _Recorder, block: int) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Gradients are on; autocast keeps no casts, as none are kept where a graph is traced; what torch and the model complain of, they will while tracing."""
-    cached, complaints = torch.is_autocast_cache_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
+def _as_if_traced() -> Iterator[None]:
+    """Gradients are on, and autocast keeps no casts. What torch and the model complain of, they will complain of when they are traced."""
+    cached, complaints, flag = torch.is_autocast_cache_enabled(), logging.getLogger("torch._subclasses.fake_tensor"), torch.compiler
     torch.set_autocast_cache_enabled(False)
-    heard, complaints.disabled = complaints.disabled, True
+    before = complaints.disabled, flag._is_compiling_flag
+    complaints.disabled = flag._is_compiling_flag = True  # private (2.13.0): what `torch.compiler.is_compiling()` says
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-        complaints.disabled = heard
+        complaints.disabled, flag._is_compiling_flag = before
 
 
 def _give_back(made: Sequence["weakref.ref[torch.Tensor]"]) -> None:

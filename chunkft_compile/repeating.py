@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
+from itertools import repeat as repeat_value
 from typing import Any, TypeVar
 
 import torch
@@ -57,13 +58,14 @@ class _Blocks:
         self.of: dict[fx.Node, int | None] = {}
         names = shallow.params | shallow.buffers
         known: dict[bool, int | None] = {True: None, False: None}
+        self._operations: dict[int, int | None] = {}
+        self._last_operation = max(node.meta.get("seq_nr", 0) for node in shallow.graph.nodes)
         for node in shallow.graph.nodes:
             self.of[node] = stack.block_of(names[node])[0] if node in names else None
             if node.op == "get_attr":
                 self.of[node] = self._named(node.meta.get(_MODULES[0]) or {})
-            if node.op == "call_function":  # sums of gradients have no module: they follow on the call that gave the last of them
-                modules = node.meta.get(_MODULES[0] if is_forward(node) else _MODULES[1])
-                self.of[node] = known[is_forward(node)] = self._named(modules) if modules else known[is_forward(node)]
+            if node.op == "call_function":
+                self.of[node] = known[is_forward(node)] = self._find(node, known[is_forward(node)])
         self.members = [[node for node, block in self.of.items() if block == i] for i in range(kept)]
         self.position = {node: i for members in self.members for i, node in enumerate(members)}
         self.owners = _owners(shallow.graph)
@@ -107,8 +109,20 @@ class _Blocks:
                 raise _IrregularError(f"{node.name} reads a weight of another block")
 
     def is_numbered(self, node: fx.Node) -> bool:
-        """Whether the sequence number of a node is that of an operation of the forward. Sums of gradients have the number of the last one."""
-        return any(node.meta.get(kind) for kind in _MODULES) and "seq_nr" in node.meta
+        """Whether the sequence number is that of an operation of the forward. Sums of gradients have the number of the last one."""
+        known = any(node.meta.get(kind) for kind in _MODULES) or node.meta.get("seq_nr") != self._last_operation
+        return "seq_nr" in node.meta and known
+
+    def _find(self, node: fx.Node, before: int | None) -> int | None:
+        """The block of a call: that of its module, or of its operation, or that of the call `before` it, as for sums of gradients."""
+        modules, number = node.meta.get(_MODULES[0] if is_forward(node) else _MODULES[1]), node.meta.get("seq_nr")
+        if modules:
+            found = self._named(modules)
+        else:
+            found = self._operations.get(number, before) if self.is_numbered(node) and not is_forward(node) else before
+        if is_forward(node) and number is not None:
+            self._operations.setdefault(number, found)
+        return found
 
     def _named(self, modules: Mapping[str, tuple[str, Any]]) -> int | None:
         found = (self.path.match(path) for path, _ in modules.values())
@@ -150,13 +164,14 @@ class _Repeater:
         self._step = step
         self._graph = fx.Graph()
         self._made: dict[tuple[fx.Node, int | None], fx.Node] = {}
-        self._modules: dict[object, Any] = {}
+        self._modules: dict[object, Mapping[str, tuple[str, Any]]] = {}
         self._behind = _behind(blocks)
 
     def run(self) -> Capture:
         """The deep capture."""
         old, of = self._old, self._blocks.of
-        named = {field: dict[fx.Node, Any]() for field in ("params", "buffers", "inputs", "tangents", "constants")}
+        fields = ("params", "buffers", "inputs", "tangents", "constants")
+        named: dict[str, dict[fx.Node, Any]] = {field: {} for field in fields}
         for node, deep in self._spread((node for node in of if node.op != "output"), of.__getitem__, _stretch):
             new = self._write(node, deep)
             for field, found in named.items():
@@ -167,14 +182,16 @@ class _Repeater:
                         found[new] = name.clone()
         self._write_output()
         gradients = self._spread(old.gradients, lambda name: self._stack.block_of(name)[0], lambda _: None)
-        return replace(
-            old,
-            graph=self._graph,
-            **named,
-            outputs=tuple(self._from_outside(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in old.outputs),
-            gradients={self._renamed(name, deep): self._made[old.gradients[name], deep] for name, deep in gradients},
-            mutations={name: self._from_outside(node) for name, node in old.mutations.items()},
-            copied=self._blocks.copied,
+        return Capture(
+            self._graph,
+            old.fake_mode,
+            *(named[field] for field in fields),
+            tuple(self._from_outside(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in old.outputs),
+            {self._renamed(name, deep): self._made[old.gradients[name], deep] for name, deep in gradients},
+            {name: self._from_outside(node) for name, node in old.mutations.items()},
+            old.out_spec,
+            old.lost,
+            self._blocks.copied,
         )
 
     def _spread(
@@ -217,11 +234,13 @@ class _Repeater:
         results: Any = output.args[0]
         # results are the outputs of the model, then one for each of its inputs, weights first: its gradient, or nothing
         inputs = [self._blocks.of[node] for node in self._old.graph.find_nodes(op="placeholder") if node not in self._old.tangents]
-        blocks: list[int | None] = [None] * (len(results) - len(inputs)) + inputs
+        blocks = [*repeat_value(None, len(results) - len(inputs)), *inputs]
         triples = list(zip(results, output.meta["desc"], blocks, strict=True))
         values, descriptions = [], []
         for (value, desc, _), deep in self._spread(triples, lambda triple: triple[2], lambda _: None):
-            values.append(value if not isinstance(value, fx.Node) else self._made[value, deep] if deep is not None else self._from_outside(value))
+            if isinstance(value, fx.Node):
+                value = self._made[value, deep] if deep is not None else self._from_outside(value)
+            values.append(value)
             descriptions.append(self._described(desc, deep))
         self._graph.output(type(results)(values)).meta = output.meta | {"desc": descriptions}
 
@@ -242,7 +261,8 @@ class _Repeater:
         if block == self._blocks.of[node]:
             return node
         found = self._blocks.members[block][self._blocks.position[node]]
-        assert found.target == node.target or node.op == "placeholder", "blocks are alike where they read each other"
+        if found.target != node.target and node.op != "placeholder":
+            raise _IrregularError(f"{found.name} stands where {node.name} should")
         return found
 
     def _from_outside(self, node: fx.Node) -> fx.Node:
@@ -265,7 +285,7 @@ class _Repeater:
             elif number < len(made):
                 storage = made[number].untyped_storage()
             elif is_copy:
-                storage = torch.UntypedStorage(old.untyped_storage().nbytes(), device="meta")
+                storage = torch.UntypedStorage(old.untyped_storage().nbytes(), device="meta")  # type: ignore[no-untyped-call]
             else:
                 storage = old.untyped_storage()
             same = not is_copy and storage._cdata == old.untyped_storage()._cdata
@@ -294,9 +314,7 @@ class _Repeater:
     def _renamed_modules(self, modules: Mapping[str, tuple[str, Any]], deep: int) -> Mapping[str, tuple[str, Any]]:
         key = (tuple(modules), deep)
         if key not in self._modules:
-            self._modules[key] = {
-                each: (self._blocks.path.sub(rf"\g<1>{deep}", path), kind) for each, (path, kind) in modules.items()
-            }
+            self._modules[key] = {each: (self._blocks.path.sub(rf"\g<1>{deep}", path), kind) for each, (path, kind) in modules.items()}
         return self._modules[key]
 
     def _described(self, desc: Any, deep: int | None) -> Any:
@@ -330,7 +348,8 @@ def _owners(graph: fx.Graph) -> dict[fx.Node, list[tuple[fx.Node, int]]]:
     first: dict[int, tuple[fx.Node, int]] = {}
     return {
         node: [
-            first.setdefault(tensor.untyped_storage()._cdata, (node, number)) for number, tensor in enumerate(_tensors(node.meta.get("val")))
+            first.setdefault(tensor.untyped_storage()._cdata, (node, number))
+            for number, tensor in enumerate(_tensors(node.meta.get("val")))
         ]
         for node in graph.nodes
         if node.op != "output"

@@ -13,7 +13,10 @@ LEAST = 6
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """A list of blocks whose module trees are equal. `path` is its name in the model, `blocks` hold all of them, in order."""
+    """A list of blocks whose module trees are equal, but perhaps that of the first.
+
+    `path` is its name in the model, `blocks` holds all of them, in order.
+    """
 
     path: str
     blocks: nn.Module
@@ -41,14 +44,16 @@ class Stack:
 def find_stack(model: nn.Module) -> Stack | None:
     """The longest list of blocks that look alike; None where there is none that is worth the name."""
     stacks = (
-        Stack(path, module, len(module)) for path, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential) and path
+        Stack(path, module, len(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and path
     )
     found = max((stack for stack in stacks if stack.depth >= LEAST), key=lambda stack: stack.depth, default=None)
     return found if found is not None and _look_alike(model, found) else None
 
 
 def _look_alike(model: nn.Module, stack: Stack) -> bool:
-    """Whether blocks are of the same classes, modes and tensors, and share none of these with each other or with the rest."""
+    """Whether blocks behind the first are of the same classes, modes and tensors, and share none of these with others or with the rest."""
     blocks = list(stack.blocks.children())
     if len(blocks) != stack.depth or list(stack.blocks._modules) != [str(i) for i in range(stack.depth)]:
         return False  # one block stands twice
@@ -57,8 +62,8 @@ def _look_alike(model: nn.Module, stack: Stack) -> bool:
     for named in (*everything, model.named_buffers(remove_duplicate=False)):
         for name, part in named:
             owners.setdefault(id(part), set()).add(stack.block_of(name)[0])
-    first = _description(blocks[0])
-    return all(len(found) == 1 for found in owners.values()) and all(_description(block) == first for block in blocks[1:])
+    second = _description(blocks[1])
+    return all(len(found) == 1 for found in owners.values()) and all(_description(block) == second for block in blocks[2:])
 
 
 def _description(block: nn.Module) -> list[object]:

@@ -36,7 +36,7 @@ def fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> bool:
 
 
 def _fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Update) -> bool:
-    """Whether `choose_options` finds any. Of the options that fit, the one that saves the fewest bytes is enough, whatever time it takes."""
+    """Whether `choose_options` finds any. Of the options that fit, the one that saves the fewest bytes is enough."""
     limits = _limits(ground, chunks, budget_nbytes, update)
     saved = 0
     for limit in limits or ():
