@@ -112,11 +112,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise _Doubt(f"only {self._part} of {self._depth} blocks are called as modules")
         self._part = self._depth + 1
         for row, tensor in self._results:
-            made = tensor.grad_fn
-            of_operator = type(made).__name__.startswith("GeneratedBackwardFor_")  # by `torch.library`, the same wherever it is called
-            if (isinstance(made, torch.autograd.function.BackwardCFunction) and not of_operator) or tensor._backward_hooks:
+            made: Any = tensor.grad_fn
+            kind = type(made)  # of Python, but for those that `torch.library` makes: they are the same wherever their operator is called
+            own = issubclass(kind, torch.autograd.function.BackwardCFunction) and not kind.__name__.startswith("GeneratedBackwardFor_")
+            if own or tensor._backward_hooks:
                 raise _Doubt(f"{made or 'a tensor'} has a backward of its own")
-            row.append((tensor.requires_grad, type(made).__name__))
+            row.append((tensor.requires_grad, kind.__name__))
         leaves, spec = pytree.tree_flatten(outputs)
         return self._written(leaves), str(spec)
 

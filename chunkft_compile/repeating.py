@@ -58,7 +58,7 @@ class _Blocks:
         self.of: dict[fx.Node, int | None] = {}
         names = shallow.params | shallow.buffers
         known: dict[bool, int | None] = {True: None, False: None}
-        self._operations: dict[int, int | None] = {}
+        self._operations: dict[object, int | None] = {}
         self._last_operation = max(node.meta.get("seq_nr", 0) for node in shallow.graph.nodes)
         for node in shallow.graph.nodes:
             self.of[node] = stack.block_of(names[node])[0] if node in names else None
@@ -170,8 +170,7 @@ class _Repeater:
     def run(self) -> Capture:
         """The deep capture."""
         old, of = self._old, self._blocks.of
-        fields = ("params", "buffers", "inputs", "tangents", "constants")
-        named: dict[str, dict[fx.Node, Any]] = {field: {} for field in fields}
+        named: dict[str, dict[fx.Node, Any]] = {field: {} for field in ("params", "buffers", "inputs", "tangents", "constants")}
         for node, deep in self._spread((node for node in of if node.op != "output"), of.__getitem__, _stretch):
             new = self._write(node, deep)
             for field, found in named.items():
@@ -182,16 +181,18 @@ class _Repeater:
                         found[new] = name.clone()
         self._write_output()
         gradients = self._spread(old.gradients, lambda name: self._stack.block_of(name)[0], lambda _: None)
-        return Capture(
-            self._graph,
-            old.fake_mode,
-            *(named[field] for field in fields),
-            tuple(self._from_outside(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in old.outputs),
-            {self._renamed(name, deep): self._made[old.gradients[name], deep] for name, deep in gradients},
-            {name: self._from_outside(node) for name, node in old.mutations.items()},
-            old.out_spec,
-            old.lost,
-            self._blocks.copied,
+        return replace(
+            old,
+            graph=self._graph,
+            params=named["params"],
+            buffers=named["buffers"],
+            inputs=named["inputs"],
+            tangents=named["tangents"],
+            constants=named["constants"],
+            outputs=tuple(self._from_outside(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in old.outputs),
+            gradients={self._renamed(name, deep): self._made[old.gradients[name], deep] for name, deep in gradients},
+            mutations={name: self._from_outside(node) for name, node in old.mutations.items()},
+            copied=self._blocks.copied,
         )
 
     def _spread(

@@ -13,10 +13,7 @@ LEAST = 6
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """A list of blocks whose module trees are equal, but perhaps that of the first.
-
-    `path` is its name in the model, `blocks` holds all of them, in order.
-    """
+    """A list of blocks whose module trees are equal. `path` is its name in the model, `blocks` holds all of them, in order."""
 
     path: str
     blocks: nn.Module
@@ -53,7 +50,7 @@ def find_stack(model: nn.Module) -> Stack | None:
 
 
 def _look_alike(model: nn.Module, stack: Stack) -> bool:
-    """Whether blocks behind the first are of the same classes, modes and tensors, and share none of these with others or with the rest."""
+    """Whether blocks are of the same classes, modes and tensors, and share none of these with each other or with the rest."""
     blocks = list(stack.blocks.children())
     if len(blocks) != stack.depth or list(stack.blocks._modules) != [str(i) for i in range(stack.depth)]:
         return False  # one block stands twice
@@ -62,8 +59,8 @@ def _look_alike(model: nn.Module, stack: Stack) -> bool:
     for named in (*everything, model.named_buffers(remove_duplicate=False)):
         for name, part in named:
             owners.setdefault(id(part), set()).add(stack.block_of(name)[0])
-    second = _description(blocks[1])
-    return all(len(found) == 1 for found in owners.values()) and all(_description(block) == second for block in blocks[2:])
+    first = _description(blocks[0])
+    return all(len(found) == 1 for found in owners.values()) and all(_description(block) == first for block in blocks[1:])
 
 
 def _description(block: nn.Module) -> list[object]:
