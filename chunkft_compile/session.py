@@ -37,7 +37,7 @@ from chunkft_compile.runtime.sweep import Sweep, SweepState
 from chunkft_compile.runtime.updates import Updater
 from chunkft_compile.runtime.weights import WeightKeeper
 from chunkft_compile.signatures import Counts, Fit, Signatures
-from chunkft_compile.solving import Solving, explained_error, forms, given, kept, solve
+from chunkft_compile.solving import Solving, explained_error, forms, given, kept, solve, standing_plan
 from chunkft_compile.tracing import trace_plan, trace_program
 
 logger = logging.getLogger("chunkft_compile")
@@ -221,7 +221,7 @@ class Session:
         if self.sweep is None or self.latest is None:
             return Standing(self.steps, self._names, choices(self.options), self.accumulating, SweepState(), None)
         assert self.problem is not None, "a sweep has a plan"
-        plan = kept(self.latest, self.problem, self.sweep.schedule)
+        plan = standing_plan(self.latest, self.problem, self.sweep.schedule)
         return Standing(self.steps, self._names, choices(self.options), self.accumulating, self.sweep.state, plan)
 
     def check(self, standing: Standing, *, held: bool) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,11 @@ def describe_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
     return tuple(texts)
 
 
+def standing_plan(compiled: Compiled, problem: Problem, schedule: Schedule) -> Plan:
+    """The schedule of this signature as a run stands under it, for a checkpoint: with the peaks and times it was planned with, untraced."""
+    return Plan(fingerprint(compiled, accumulating=problem.accumulating), problem, schedule)
+
+
 def kept(compiled: Compiled, problem: Problem, schedule: Schedule) -> Plan:
     """The schedule of this signature to keep, and the question it answers.
 
@@ -159,7 +164,7 @@ def kept(compiled: Compiled, problem: Problem, schedule: Schedule) -> Plan:
     """
     schedule = compiled.exact(schedule, accumulating=problem.accumulating)
     traces = tuple(compiled.trace(problem, step, schedule.places) for step in schedule.steps)
-    return Plan(fingerprint(compiled, accumulating=problem.accumulating), problem, schedule, traces)
+    return replace(standing_plan(compiled, problem, schedule), traces=traces)
 
 
 def given(compiled: Compiled, planned: Plan, *, accumulating: bool) -> Schedule:
