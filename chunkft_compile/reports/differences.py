@@ -103,7 +103,7 @@ def _parameters(plan: Plan) -> dict[str, int]:
 
 def _figures(a: Plan, b: Plan) -> Section:
     first, second = _numbers(a), _numbers(b)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys([*first, *second]):
         (before, form), (after, _) = first.get(name, (0, second.get(name, (0, str))[1])), second.get(name, (0, str))
         rows.append((name, form(before), form(after), _change(after - before, form)))
