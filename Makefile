@@ -68,6 +68,7 @@ bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores
 	$(BIN)/python -m benchmarks.cap
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.lengths
+	$(BIN)/python -m benchmarks.depth
 	$(BIN)/python -m benchmarks.seven_b --work build  # 45 GB of disk, half an hour
 
 clean: ## remove the environment, caches and everything built

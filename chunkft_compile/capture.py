@@ -59,7 +59,8 @@ class Capture:
 
     `graph` holds ATen calls only; `constants` are tensors that tracing lifted out of the code. `outputs` are the model's
     outputs as flat leaves, each a node or a constant; `rebuild` gives them their structure back. Node dictionaries map
-    placeholders to names (`params`, `buffers`) or positions (`inputs` among the tensor leaves, `tangents` among `outputs`).
+    placeholders to names (`params`, `buffers`) or positions (`inputs` among the tensor leaves, `tangents` among `outputs`). `copied`
+    blocks of the model were not traced, but are copies of another.
     """
 
     graph: fx.Graph
@@ -74,6 +75,7 @@ class Capture:
     mutations: dict[str, fx.Node]
     out_spec: pytree.TreeSpec
     lost: tuple[str, ...]
+    copied: int = 0
 
     def rebuild(self, leaves: Sequence[Any]) -> Any:
         """The model's own output object around `leaves`, with `Dropped` in the fields that training does not keep."""
@@ -88,7 +90,7 @@ class Capture:
         return output
 
 
-class _Template(nn.Module):
+class Template(nn.Module):
     """Takes the tensors of a call and calls the model with them and the call's constants in their places."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, *, loss_only: bool) -> None:
@@ -115,13 +117,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True, run_on_error: bool = True
+) -> Capture:
     """Trace forward and backward of `model(*args, **kwargs)` into one graph.
 
     With `loss_only`, a model output that has a `loss` gives only that. Raises `CaptureError` with the user's file, line and
-    operation where the model cannot be one graph.
+    operation where the model cannot be one graph; with `run_on_error` the model runs before that, to show a mistake in the call as
+    what it is.
     """
-    found, _ = _capture(model, args, kwargs, None, None, loss_only=loss_only)
+    found, _ = _capture(model, args, kwargs, None, None, loss_only=loss_only, run_on_error=run_on_error)
     return found
 
 
@@ -154,9 +159,10 @@ def _capture(
     like: fx.Graph | None,
     *,
     loss_only: bool,
+    run_on_error: bool = True,
 ) -> tuple[Capture, Symbols]:
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    template = _Template(model, leaves, spec, loss_only=loss_only)
+    template = Template(model, leaves, spec, loss_only=loss_only)
     template.training = model.training
     # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
@@ -178,8 +184,9 @@ def _capture(
                     fakes, symbols = symbolic_inputs(traced, tensors, named)
                 joint = aot_export_joint_with_descriptors(stack, traced, fakes, {}, _record_nn_module_stack=True)
         except (TorchDynamoException, RuntimeError, NotImplementedError) as error:
-            with torch.no_grad():
-                model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
+            if run_on_error:
+                with torch.no_grad():
+                    model(*args, **kwargs)  # a mistake in the call or the model itself is shown as what it is
             raise _explain(error, model) from error
     if like is not None:
         fold_sizes(joint.graph_module.graph, like)
@@ -191,7 +198,7 @@ def _capture(
 
 
 def _trace(
-    model: nn.Module, leaves: Sequence[Any], template: _Template, tensors: Sequence[torch.Tensor]
+    model: nn.Module, leaves: Sequence[Any], template: Template, tensors: Sequence[torch.Tensor]
 ) -> tuple[fx.GraphModule, FakeTensorMode]:
     """The graph of a call, by Dynamo if it has not traced it already."""
     if isinstance(model, TracedModel):

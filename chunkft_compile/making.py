@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from chunkft_compile.capture import Capture, capture, capture_symbolic
+from chunkft_compile.capture import Capture, capture_symbolic
 from chunkft_compile.compiled import Compiled, Setting, fixed_nbytes
 from chunkft_compile.costs import Costs
 from chunkft_compile.elsewhere import faked, is_elsewhere
@@ -16,6 +16,7 @@ from chunkft_compile.errors import TrainingError
 from chunkft_compile.hooks import refuse_hooks
 from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.precision import Precision
+from chunkft_compile.shallow import capture_shallow
 from chunkft_compile.sizes import Symbols
 from chunkft_compile.tracing import trace_capture
 from chunkft_compile.widening import widen_gradients
@@ -59,7 +60,7 @@ class ModelMaker:
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
         """See `signatures.Maker`."""
         with self._placed(args, kwargs) as (own_args, own_kwargs):
-            found = self._checked(capture(self._model, own_args, own_kwargs, loss_only=self._loss_only))
+            found = self._checked(capture_shallow(self._model, own_args, own_kwargs, loss_only=self._loss_only))
         trace_capture(found)
         return found
 

@@ -20,7 +20,8 @@ def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step
     `budget_nbytes` is the budget of the problem unless given.
     """
     problem, budget = ground.problem, budget_nbytes or ground.problem.budget_nbytes
-    if not all(fits(ground, [index], budget) for index in range(len(problem.chunks))):
+    different = {(c.segment, c.first, c.grad_nbytes, ground.update_nbytes[index]): index for index, c in enumerate(problem.chunks)}
+    if not all(fits(ground, [index], budget) for index in different.values()):
         return None
     bins: list[list[int]] = []
     full: set[tuple[int, Chunk]] = set()  # bins only grow, so what did not fit once never will

@@ -1,10 +1,11 @@
 """The best options for given chunks: exact, by carrying the Pareto front of (saved bytes, time) upwards through the segments."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from chunkft_compile.planner.bounds import arriving_below, depth_of, gradients_at, held_update, peak_of, roles_of, waiting_nbytes, windows
 from chunkft_compile.planner.grounds import Ground
-from chunkft_compile.planner.problem import Role, Step, Update
+from chunkft_compile.planner.problem import Cost, Role, Step, Update
 from chunkft_compile.planner.times import segment_us, step_us, work_of
 
 # How many (saved bytes, time) points `choose_options` keeps per segment. Fronts of real models (a few kinds, a few options)
@@ -31,7 +32,21 @@ def best_step(ground: Ground, chunks: Sequence[int], budget_nbytes: int, *, poin
 
 def fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> bool:
     """Is there any choice of options and update within the budget? Exact."""
-    return any(choose_options(ground, chunks, budget_nbytes, update, points=1) is not None for update in ground.problem.updates)
+    return any(_fits(ground, chunks, budget_nbytes, update) for update in ground.problem.updates)
+
+
+def _fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Update) -> bool:
+    """Whether `choose_options` finds any. Of the options that fit, the one that saves the fewest bytes is enough."""
+    limits = _limits(ground, chunks, budget_nbytes, update)
+    saved = 0
+    for limit in limits or ():
+        if saved > limit.updating:
+            return False
+        least = min((cost.saved_nbytes for cost in limit.costs if saved <= limit.saved_below(cost)), default=None)
+        if least is None:
+            return False
+        saved += least
+    return limits is not None
 
 
 def smallest_for(ground: Ground, chunks: Sequence[int], too_small: int = 0) -> int:
@@ -57,31 +72,60 @@ def choose_options(
     below matter only through (saved bytes, time): the Pareto front of these pairs, carried upwards, loses no best choice. The
     point with the fewest saved bytes is never thinned away, which makes the answer None exact for any number of `points`.
     """
-    problem, room = ground.problem, budget_nbytes - ground.base_nbytes
-    if update is Update.HELD and held_update(ground, chunks).nbytes > budget_nbytes:
+    limits = _limits(ground, chunks, budget_nbytes, update)
+    if limits is None:
         return None
-    gradients, depth, work = gradients_at(problem, chunks, update), depth_of(problem, chunks), work_of(ground, chunks, update)
-    window = windows(ground, chunks) if update is Update.IMMEDIATE else [-1] * len(problem.segments)
-    waiting = waiting_nbytes(problem, chunks)
+    work = work_of(ground, chunks, update)
     front: list[_Point] = [(0, 0, None)]
-    for s, role in enumerate(roles_of(problem, chunks)):
-        segment = problem.segments[s]
-        below = room - waiting - segment.entry_nbytes
-        leaving = room - segment.arriving_nbytes - gradients[s]
-        if window[s] >= 0:
-            updating = room - gradients[s] - window[s] - arriving_below(problem, s, depth)
-            front = [point for point in front if point[0] <= updating]
+    for s, limit in enumerate(limits):
+        front = [point for point in front if point[0] <= limit.updating]
         grown: list[_Point] = []
-        for cost in problem.costs(s, role):
-            most = below - cost.forward_peak_nbytes
-            if role is not Role.FROZEN:
-                most = min(most, leaving - cost.saved_nbytes - cost.backward_peak_nbytes - cost.offloaded_nbytes)
-            us = segment_us(ground, s, cost, role, work)
+        for cost in limit.costs:
+            most = limit.saved_below(cost)
+            us = segment_us(ground, s, cost, limit.role, work)
             grown += [(p[0] + cost.saved_nbytes, p[1] + us, (p[2], cost.option)) for p in front if p[0] <= most]
         front = _thinned(_pareto(grown), points)
         if not front:
             return None
     return _names(front[-1][2])
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """What one segment leaves for bytes saved below it: at its forward, at its backward (less its own), and at its updates."""
+
+    role: Role
+    costs: tuple[Cost, ...]
+    entering: int
+    leaving: int
+    updating: int
+
+    def saved_below(self, cost: Cost) -> int:
+        """The most bytes that may be saved below the segment for it to run with this option."""
+        most = self.entering - cost.forward_peak_nbytes
+        if self.role is Role.FROZEN:
+            return most
+        return min(most, self.leaving - cost.saved_nbytes - cost.backward_peak_nbytes - cost.offloaded_nbytes)
+
+
+def _limits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Update) -> list[_Limit] | None:
+    """The limits of all segments; None where the HELD update is over the budget."""
+    problem, room = ground.problem, budget_nbytes - ground.base_nbytes
+    if update is Update.HELD and held_update(ground, chunks).nbytes > budget_nbytes:
+        return None
+    gradients, depth = gradients_at(problem, chunks, update), depth_of(problem, chunks)
+    window = windows(ground, chunks) if update is Update.IMMEDIATE else [-1] * len(problem.segments)
+    waiting = waiting_nbytes(problem, chunks)
+    return [
+        _Limit(
+            role,
+            problem.costs(s, role),
+            room - waiting - segment.entry_nbytes,
+            room - segment.arriving_nbytes - gradients[s],
+            room - gradients[s] - window[s] - arriving_below(problem, s, depth) if window[s] >= 0 else room,
+        )
+        for s, (segment, role) in enumerate(zip(problem.segments, roles_of(problem, chunks), strict=True))
+    ]
 
 
 _Link = tuple["_Link | None", str]

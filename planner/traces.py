@@ -224,20 +224,20 @@ def trace_bound(problem: Problem, step: Step, places: Places) -> Trace:
     ground = settle(problem, places)
     moments = loads(ground, step.chunks, step.options, step.update)
     at = {load.name: number for number, load in enumerate(moments)}
-    copies = _copies(ground, step)
+    copies, inside = _copies(ground, step), _updates_inside(problem, step)
     instants = []
     for load in moments:
         compute_us, transfer = copies.get(load.name, (0, NO_TRANSFER))
         us = transfer.with_compute(compute_us)
-        op = Op(load.name.split()[0])
-        instants.append(Instant(op, load.name, us, us - compute_us, load.nbytes))
+        own_us = inside[load.name] if load.name in inside else us - inside.get(load.name.replace("backward ", "update in ", 1), 0)
+        instants.append(Instant(Op(load.name.split()[0]), load.name, own_us, us - compute_us, load.nbytes))
     moving = sum(transfer.hidden_us + transfer.exposed_us for _, transfer in copies.values())
     lifetimes = tuple(lifetime for lifetime in _lifetimes(ground, step, moments, at) if lifetime.nbytes)
     return Trace(tuple(instants), lifetimes, moving, recompute_us(problem, step))
 
 
 def _copies(ground: Ground, step: Step) -> dict[str, tuple[int, Transfer]]:
-    """Compute and copies of every moment that has some. IMMEDIATE updates count in the backward before them."""
+    """Compute and copies of every moment that has some. Those of IMMEDIATE updates are with the backward before them."""
     problem, work = ground.problem, work_of(ground, step.chunks, step.update)
     depth, found = depth_of(problem, step.chunks), dict[str, tuple[int, Transfer]]()
     for s, (segment, cost) in enumerate(zip(problem.segments, costs_of(problem, step.chunks, step.options), strict=True)):
@@ -247,6 +247,15 @@ def _copies(ground: Ground, step: Step) -> dict[str, tuple[int, Transfer]]:
             found[f"backward {segment.name}"] = cost.backward_us + work.compute_us[s], ground.fetch[s] + back + work.transfers[s]
     if step.update is Update.HELD:
         found["update"] = work.update_us, work.update_moves
+    return found
+
+
+def _updates_inside(problem: Problem, step: Step) -> dict[str, int]:
+    """The compute of IMMEDIATE updates, which the notes count with the backward of their segment, by the names of their moments."""
+    found: dict[str, int] = {}
+    for index in step.chunks if step.update is Update.IMMEDIATE else ():
+        name = f"update in {problem.segments[problem.chunks[index].segment].name}"
+        found[name] = found.get(name, 0) + problem.chunks[index].update_us
     return found
 
 

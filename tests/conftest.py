@@ -10,12 +10,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from chunkft_compile.capture import Capture, capture, capture_symbolic
+from chunkft_compile.capture import Capture, capture_symbolic
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.lowering import Lowering
 from chunkft_compile.runtime.allocators import install
 from chunkft_compile.runtime.native import BuildError
 from chunkft_compile.segments import Segment
+from chunkft_compile.shallow import capture_shallow
 from chunkft_compile.sizes import Symbols
 from chunkft_compile.twins import Twin
 from tests.support.allocator import Allocator, allocator_or_skip
@@ -43,11 +44,11 @@ class Workshop:
         self._twins: dict[int, Twin] = {}
 
     def capture(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss_only: bool = True) -> Capture:
-        """As `capture.capture`."""
+        """As `shallow.capture_shallow`."""
         key = _key(model, args, kwargs, loss_only=loss_only)
         if key not in self._captures:
             self.captured += 1
-            self._captures[key] = capture(model, args, kwargs, loss_only=loss_only)
+            self._captures[key] = capture_shallow(model, args, kwargs, loss_only=loss_only)
         return self._captures[key]
 
     def capture_symbolic(
@@ -86,7 +87,7 @@ class Workshop:
 
     def open(self, patch: pytest.MonkeyPatch) -> None:
         """From now on compiling goes through here."""
-        patch.setattr("chunkft_compile.making.capture", self.capture)
+        patch.setattr("chunkft_compile.making.capture_shallow", self.capture)
         patch.setattr("chunkft_compile.making.capture_symbolic", self.capture_symbolic)
         patch.setattr("chunkft_compile.signatures.Twin", self.twin)
         patch.setattr("chunkft_compile.session.OperatorCosts", self.measured)

@@ -1,0 +1,133 @@
+"""What compiling costs by depth: CPU seconds of `compile` and `model.plan`, and of their parts.
+
+    python -m benchmarks.depth                          # Llamas of 4, 12 and 32 layers
+    python -m benchmarks.depth --layers 12 48 --repeats 1
+    python -m benchmarks.depth --full                   # every layer is traced, as where layers are not equal
+
+Every figure is that of a process of its own which has compiled a small model before, so that imports and what torch makes once do not
+count; of several repeats it is the one with the least total. "copied" are the layers that were not traced. Operators are measured anew.
+"""
+
+import argparse
+import importlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.optim import AdamW
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import circumstances, cpu_seconds, run_alone
+from chunkft_compile import compile
+from chunkft_compile.runtime.chunks import storage_nbytes
+
+TOKENS, HIDDEN, VOCABULARY, SHARE = 64, 256, 4000, 1.5
+PARTS = {
+    "capture": "making.capture_shallow",
+    "- proof that layers are equal": "shallow.blocks_to_trace",
+    "- tracing": "shallow.capture",
+    "- copying": "shallow.repeat",
+    "cut": "compiled.cut",
+    "probe": "compiled.probe",
+    "planner": "solving.plans",
+    "- CP-SAT": "planner.planning.solve",
+    "exact programs": "compiled.Compiled.exact",
+}
+"""Where the function of each part is looked up; those with a dash are part of the one above."""
+
+
+def build_model(layers: int) -> nn.Module:
+    """A Llama with random weights, the same every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=HIDDEN,
+        intermediate_size=704,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    model: nn.Module = LlamaForCausalLM(config).train()
+    return model
+
+
+def compile_and_plan(layers: int) -> None:
+    """What is measured."""
+    plain = build_model(layers)
+    model = compile(plain, int(SHARE * storage_nbytes(list(plain.parameters()))))
+    optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)  # the plan looks for it
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    model.plan(input_ids=ids, labels=ids)
+    del optimizer
+
+
+def measure(layers: int, *, full: bool) -> dict[str, float]:
+    """CPU seconds of every part, and how many layers were copied."""
+    seconds: dict[str, float] = defaultdict(float)
+    compile_and_plan(2)
+    with ExitStack() as patches:
+        if full:
+            patches.enter_context(mock.patch("chunkft_compile.shallow.find_stack", return_value=None))
+        for part, where in PARTS.items():
+            owner, name = _resolve(where)
+            patches.enter_context(mock.patch.object(owner, name, _timed(seconds, part, getattr(owner, name))))
+        total = cpu_seconds(partial(compile_and_plan, layers))
+    return {"copied": seconds["copied"], "total": total} | {part: seconds[part] for part in PARTS}
+
+
+def _timed(seconds: dict[str, float], part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        result = function(*args, **kwargs)
+        seconds[part] += time.process_time() - start
+        if part == "capture":
+            seconds["copied"] = result.copied
+        return result
+
+    return timed
+
+
+def _resolve(where: str) -> tuple[Any, str]:
+    """The module or class that has a name, and the name."""
+    path, _, name = where.rpartition(".")
+    module, _, last = path.rpartition(".")
+    if last[:1].isupper():
+        return getattr(importlib.import_module(f"chunkft_compile.{module}"), last), name
+    return importlib.import_module(f"chunkft_compile.{path}"), name
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which depths, and how often."""
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32], help="depths (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each depth (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="trace every layer")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    options = parser.parse_args()
+    os.environ["CHUNKFT_CACHE"] = "0"
+    found = {
+        layers: min((run_alone(measure, layers, full=options.full) for _ in range(options.repeats)), key=lambda one: one["total"])
+        for layers in options.layers
+    }
+    names = ["copied", "total", *PARTS]
+    rows = [[name, *(f"{one[name]:.0f}" if name == "copied" else f"{one[name]:.2f}" for one in found.values())] for name in names]
+    print(tabulate(rows, headers=["CPU seconds", *(f"{layers} layers" for layers in found)], disable_numparse=True, stralign="right"))
+    shape = f"Llama n x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch 1 x {TOKENS}, budget {SHARE} x weights"
+    print(circumstances(f"{shape}; least of {options.repeats}"))
+
+
+if __name__ == "__main__":
+    main()
