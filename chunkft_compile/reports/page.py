@@ -143,7 +143,11 @@ def _verdict(planned: Plan) -> str:
 def _figures(planned: Plan) -> str:
     schedule = planned.schedule
     margin = schedule.budget_nbytes - schedule.peak_nbytes
-    gap = "proven best" if schedule.status == "OPTIMAL" else f"at most {schedule.gap:.1%} slower than the best there may be"
+    gap = "nothing is proven: there may be much faster sweeps"
+    if schedule.status == "OPTIMAL":
+        gap = "proven best for these chunks"
+    elif schedule.gap < 1:
+        gap = f"proven: no sweep of these chunks takes more than {schedule.gap:.1%} less time"
     rows = [
         ("peak", format_nbytes(schedule.peak_nbytes), f"{format_nbytes(margin)} below the budget"),
         ("budget", format_nbytes(schedule.budget_nbytes), planned.fingerprint.device),

@@ -75,6 +75,22 @@ def test_a_page_says_whether_its_figures_are_exact() -> None:
     assert "Modelled" not in make_page(replace(offline, traces=traces_of(offline)))
 
 
+@pytest.mark.parametrize(
+    ("status", "gap", "says"),
+    [
+        ("OPTIMAL", 0.0, "proven best for these chunks"),
+        ("FEASIBLE", 0.545, "no sweep of these chunks takes more than 54.5% less time"),  # which may be 2.2 times as fast
+        ("GREEDY", 1.0, "nothing is proven"),
+    ],
+)
+def test_a_gap_is_what_could_be_saved(status: str, gap: float, says: str) -> None:
+    planned = _plan()
+    planned = replace(planned, schedule=replace(planned.schedule, status=status, gap=gap))
+    figures = re.findall(r"<dt>solver</dt><dd><b>(.*?)</b><span>(.*?)</span>", make_page(planned))
+    assert [name for name, _ in figures] == [status]
+    assert says in figures[0][1]
+
+
 def test_without_plotly_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(name)
