@@ -4,6 +4,16 @@ import os
 from pathlib import Path
 
 
+def check_target(path: Path, option: str) -> None:
+    """Raise `ValueError` where `write_whole` could not write `path`, before the work for it is done. `option` named it."""
+    if path.is_dir() or not path.parent.is_dir():
+        wrong, is_not = (path, "") if path.is_dir() else (path.parent, "not ")
+        raise ValueError(f"{option} {path} cannot be written: {wrong} is {is_not}a directory")
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: no permission to write {place}")
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file in one move; text is UTF-8. A link keeps leading where it leads, and a pipe or device is written as it is.
 

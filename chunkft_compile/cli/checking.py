@@ -9,7 +9,7 @@ from torch import nn
 from chunkft_compile.budget import parse_budget
 from chunkft_compile.cli.config import TrainConfig
 from chunkft_compile.cli.keeping import checkpoints_of, latest_of
-from chunkft_compile.cli.options import DTYPES, check_writable, pick_device
+from chunkft_compile.cli.options import DTYPES, pick_device
 from chunkft_compile.cli.tensorboard import check_tensorboard
 from chunkft_compile.data import Chat, Example, read_examples
 from chunkft_compile.planner import Plan, Update
@@ -17,6 +17,7 @@ from chunkft_compile.pretrained import check_model, check_out
 from chunkft_compile.runtime.modelled_optimizers import make_optimizer
 from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.solving import read_plan
+from chunkft_compile.writing import check_target
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def _check_outputs(config: TrainConfig) -> None:
     if checkpoints.exists() and not checkpoints.is_dir():
         raise ValueError(f"checkpoints of --out {config.out} cannot be written: {checkpoints} is not a directory")
     if config.plan_json is not None:
-        check_writable(config.plan_json, "--plan-json")
+        check_target(config.plan_json, "--plan-json")
     if config.record is not None:
-        check_writable(config.record, "--record")
+        check_target(config.record, "--record")
         if config.record.exists():
             raise ValueError(f"--record {config.record} is there already, and may be another run: name another file, or remove it")
     if config.tensorboard is not None:

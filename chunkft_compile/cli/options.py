@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,15 +107,6 @@ def add_common(parser: argparse.ArgumentParser, *, budget_required: bool = True)
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Every command has it."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def check_writable(path: Path, name: str) -> None:
-    """Raise `ValueError` unless a file can be made at `path`, which the option `name` asks for."""
-    if path.is_dir() or not path.parent.is_dir():
-        wrong, is_not = (path, "") if path.is_dir() else (path.parent, "not ")
-        raise ValueError(f"{name} {path} cannot be written: {wrong} is {is_not}a directory")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{name} {path} cannot be written: permission denied")
 
 
 def pick_device(name: str | None) -> torch.device:

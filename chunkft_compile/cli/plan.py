@@ -8,13 +8,14 @@ from typing import Any
 from chunkft_compile.budget import format_nbytes, parse_budget
 from chunkft_compile.cli.choices import add_ingredients, add_method, add_optimizer, add_places, add_precision, add_search, add_update
 from chunkft_compile.cli.offline import Question, is_offline, offline_budget, say_modelled
-from chunkft_compile.cli.options import DTYPES, add_common, check_writable, pick_device
+from chunkft_compile.cli.options import DTYPES, add_common, pick_device
 from chunkft_compile.cli.planned import PlanConfig, planned_model, say
 from chunkft_compile.offline import OfflineModel, Shape, smallest_offline
 from chunkft_compile.planner import BudgetError, Schedule, StepsError, Update, format_schedule, plan, plan_method
 from chunkft_compile.planner.devices import DEVICES
 from chunkft_compile.pretrained import check_model
 from chunkft_compile.solving import write_plan
+from chunkft_compile.writing import check_target
 
 _EPILOG = """\
 examples:
@@ -54,7 +55,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print. Cheap refusals come before the model is loaded."""
     if args.json is not None:
-        check_writable(args.json, "--json")
+        check_target(args.json, "--json")
     return _run_offline(args) if is_offline(args.model, args.device) else _run_here(args)
 
 

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chunkft_compile.cli.options import check_writable
 from chunkft_compile.planner import Plan
 from chunkft_compile.reports.comparison import format_comparison
 from chunkft_compile.reports.data import to_data
@@ -17,7 +16,7 @@ from chunkft_compile.reports.runs import Run, compare, read_run
 from chunkft_compile.reports.snapshot import to_snapshot
 from chunkft_compile.reports.summary import summary
 from chunkft_compile.solving import read_plan
-from chunkft_compile.writing import write_whole
+from chunkft_compile.writing import check_target, write_whole
 
 _EPILOG = """\
 examples:
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.recorded is not None and chosen not in _COMPARED:
         raise ValueError(f"--run is for the formats {', '.join(_COMPARED)}: leave it out, or choose one of them")
     if args.output is not None:
-        check_writable(args.output, "-o")
+        check_target(args.output, "-o")
     elif chosen in ("html", "memory-viz"):
         raise ValueError(f"{chosen} is for a file, not for standard output: name one with -o FILE")
     elif chosen in ("perfetto", "json") and sys.stdout.isatty():
@@ -107,5 +106,4 @@ def _render(chosen: str, planned: Plan, recorded: Run | None) -> str | bytes:
 
 def _page(planned: Plan, name: str, recorded: Run | None) -> str:
     comparison = None if recorded is None else compare(planned, recorded)
-    make_page(planned, name=name, comparison=comparison)  # without plotly, refuse before the search
     return make_page(planned, name=name, comparison=comparison, points=points_around(planned))

@@ -40,7 +40,7 @@ def to_data(planned: Plan) -> str:
 def report_data(planned: Plan) -> dict[str, Any]:
     """The report as lists, dicts and plain values."""
     problem, schedule = planned.problem, planned.schedule
-    made_for = asdict(planned.fingerprint)
+    made_for = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(planned.fingerprint).items()}
     del made_for["chunks"]
     segments = [
         {"name": segment.name, "weight_nbytes": segment.weight_nbytes, "weights": str(place)}

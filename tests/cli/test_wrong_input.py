@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from chunkft_compile import cli
 from chunkft_compile.cli import main
 from chunkft_compile.errors import BudgetError, MemoryPromiseError
+from chunkft_compile.planner import to_json
+from chunkft_compile.solving import read_plan
 
 pytestmark = pytest.mark.usefixtures("captures_once")
 Capture = pytest.CaptureFixture[str]
@@ -132,8 +134,12 @@ CASES = [
     Case("missing file", "report {plan} --run {none}", "the run {none} cannot be read"),
     Case("broken file", "report {json}", "{json} is not a plan: this is not JSON"),
     Case("broken file", "report {other_json}", "{other_json} is not a plan: expected an object with the fields version"),
+    Case("broken file", "report {schedule}", "{schedule} is not a plan: this text holds a 'Schedule', expected a 'Plan'"),
+    Case("broken file", "report {old}", "{old} is not a plan: this text has version 3, this library reads version"),
     Case("broken file", "report {plan} --run {json}", "{json} holds no complete line"),
     Case("wrong value", "report {plan} -o {none}.doc", "-o {none}.doc does not say its format"),
+    Case("wrong value", "report {plan} --format memory-viz", "memory-viz is for a file, not for standard output"),
+    Case("unwritable output", "report {plan} -o {empty} --format table", "-o {empty} cannot be written: {empty} is a directory"),
     Case("wrong value", "report {plan} --format html", "html is for a file, not for standard output"),
     Case("wrong value", "report {plan} --format json --run {none}", "--run is for the formats table, markdown, html"),
     Case("unwritable output", "report {plan} -o {none}/plan.html", "-o {none}/plan.html cannot be written: {none} is not a directory"),
@@ -142,12 +148,16 @@ CASES = [
     Case("terminated", "report {plan}", "interrupted", code=143, at="report.summary", raises=signal.SIGTERM),
     Case("missing file", "explain {none}", "the plan {none} cannot be read"),
     Case("broken file", "explain {json}", "{json} is not a plan: this is not JSON"),
+    Case("broken file", "explain {schedule}", "this text holds a 'Schedule', expected a 'Plan'"),
+    Case("broken file", "explain {old}", "this text has version 3"),
     Case("wrong value", "explain {plan} --step 99", "99"),
     Case("wrong value", "explain {plan} --at nowhere", "nowhere"),
     Case("interrupted", "explain {plan}", "interrupted", code=130, at="explain.reasons", raises=KeyboardInterrupt()),
     Case("terminated", "explain {plan}", "interrupted", code=143, at="explain.reasons", raises=signal.SIGTERM),
     Case("missing file", "diff {plan} {none}", "the plan {none} cannot be read"),
     Case("broken file", "diff {json} {plan}", "{json} is not a plan: this is not JSON"),
+    Case("broken file", "diff {plan} {schedule}", "this text holds a 'Schedule', expected a 'Plan'"),
+    Case("broken file", "diff {plan} {old}", "this text has version 3"),
     Case("interrupted", "diff {plan} {plan}", "interrupted", code=130, at="diff.differences", raises=KeyboardInterrupt()),
     Case("terminated", "diff {plan} {plan}", "interrupted", code=143, at="diff.differences", raises=signal.SIGTERM),
     Case("unwritable output", TRAIN + " --record {none}/r.jsonl", "--record {none}/r.jsonl cannot be written: {none} is not a directory"),
@@ -207,6 +217,9 @@ def place(model_dir: Path, other: Path, text_file: Path, tmp_path: Path) -> dict
     found["chats"].write_text(json.dumps({"messages": [{"role": "assistant", "content": "hi"}]}) + "\n")
     (tmp_path / "blocked.checkpoints").write_text("a file")
     shutil.copy(other / "plan.json", found["plan"])
+    found["schedule"], found["old"] = tmp_path / "schedule.json", tmp_path / "old.json"
+    found["schedule"].write_text(to_json(read_plan(found["plan"]).schedule))
+    found["old"].write_text(json.dumps(json.loads(found["plan"].read_text()) | {"version": 3}))
     found["other_out"] = tmp_path / "other"
     shutil.copytree(other / "out.checkpoints", tmp_path / "other.checkpoints")
     return found
