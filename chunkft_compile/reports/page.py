@@ -9,7 +9,7 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,15 @@ from chunkft_compile.planner import Category, Fingerprint, Placement, Plan, Role
 from chunkft_compile.planner.bounds import depth_of, roles_of
 from chunkft_compile.planner.units import format_nbytes, format_us
 from chunkft_compile.reports.points import Point
+from chunkft_compile.reports.summary import by_place, steps_word
 
 if TYPE_CHECKING:
     from chunkft_compile.reports.runs import Comparison
 
 _CHUNK = re.compile(r"(?P<param>.*)\[(?P<start>\d+):(?P<stop>\d+)\]", re.DOTALL)
 _SHOWN = 3  # tensors named in a sentence
+_LONG = 17  # a word with fewer letters is never broken in a table
+_SCRIPTS = ("units.js", "frame.js", "memory.js", "trained.js", "times.js", "page.js")
 
 
 def make_page(planned: Plan, *, name: str = "", comparison: "Comparison | None" = None, points: Sequence[Point] = ()) -> str:
@@ -54,7 +57,7 @@ def make_page(planned: Plan, *, name: str = "", comparison: "Comparison | None" 
         "FACTS": _facts(planned),
         "PLOTLY": _plotly(),
         "DATA": packed,
-        "SCRIPT": _asset("page.js"),
+        "SCRIPT": "\n".join(_asset(script) for script in _SCRIPTS),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
 
@@ -128,21 +131,32 @@ def _verdict(planned: Plan) -> str:
     margin = schedule.budget_nbytes - schedule.peak_nbytes
     steps = len(schedule.steps)
     every = "every parameter is trained at every step" if steps == 1 else f"every parameter is trained once in {steps} steps"
+    fits = "It fits" if planned.lowered else "It should fit"
     source = (
         "Bytes are exact: they were added up over the programs that run."
         if planned.lowered
         else "Modelled, not measured: bytes are the planner's bound, times come from data sheets, and nobody has run this on the device."
     )
     return (
-        f"<p class='verdict'><strong>It fits:</strong> {html.escape(every)}, with {format_nbytes(margin)} of "
-        f"{format_nbytes(schedule.budget_nbytes)} to spare.</p>"
+        f"<p class='verdict'><strong>{fits}:</strong> {html.escape(every)}, with {_unbroken(format_nbytes(margin))} of "
+        f"{_unbroken(format_nbytes(schedule.budget_nbytes))} to spare.</p>"
         f"<p class='{'exact' if planned.lowered else 'modelled'}'>{source}</p>"
     )
+
+
+def _unbroken(figure: str) -> str:
+    """A figure that stays on one line with its unit."""
+    return figure.replace(" ", "\u00a0")
 
 
 def _figures(planned: Plan) -> str:
     schedule = planned.schedule
     margin = schedule.budget_nbytes - schedule.peak_nbytes
+    step_us = schedule.sweep_us // len(schedule.steps)
+    pace = f"{format_us(step_us)} a step, {3_600_000_000 // max(1, step_us)} steps an hour"
+    if planned.problem.accumulating:
+        pace = f"{format_us(step_us)} a step, with one micro-batch each"
+    away, where = _away(planned)
     gap = "nothing is proven: there may be much faster sweeps"
     if schedule.status == "OPTIMAL":
         gap = "proven best for these chunks"
@@ -152,11 +166,27 @@ def _figures(planned: Plan) -> str:
         ("peak", format_nbytes(schedule.peak_nbytes), f"{format_nbytes(margin)} below the budget"),
         ("budget", format_nbytes(schedule.budget_nbytes), planned.fingerprint.device),
         ("steps in a sweep", str(len(schedule.steps)), "T: after them everything was trained once"),
-        ("time of a sweep", format_us(schedule.sweep_us), f"{format_us(schedule.sweep_us // len(schedule.steps))} a step"),
+        ("time of a sweep", format_us(schedule.sweep_us), pace),
+        ("beside the device", away, where),
         ("solver", schedule.status, gap),
     ]
     cells = [[html.escape(text) for text in row] for row in rows]
     return "".join(f"<div><dt>{name}</dt><dd><b>{value}</b><span>{note}</span></dd></div>" for name, value, note in cells)
+
+
+def _away(planned: Plan) -> tuple[str, str]:
+    """How much the places beside the device must hold, and of what. Saved values that wait there for their backward come on top."""
+    parts = [(nbytes, f"{format_nbytes(nbytes)} {what} on {place}") for nbytes, what, place in _elsewhere(planned)]
+    if not parts:
+        return "nothing", "optimizer state and weights stay on the device"
+    return format_nbytes(sum(nbytes for nbytes, _ in parts)), "; ".join(text for _, text in parts)
+
+
+def _elsewhere(planned: Plan) -> Iterator[tuple[int, str, Placement]]:
+    for what, sizes in by_place(planned).items():
+        for place, nbytes in sizes.items():
+            if nbytes and place is not Placement.DEVICE:
+                yield nbytes, what, place
 
 
 def binding_sentence(traces: Sequence[Trace], planned: Plan) -> str:
@@ -193,9 +223,8 @@ def _curve_sentence(planned: Plan, points: Sequence[Point]) -> str:
     best = min(faster, key=lambda point: point.sweep_us, default=None)
     if best is None:
         return f"More memory buys no faster sweep. {note}"
-    steps = f"{best.steps} step{'s' if best.steps > 1 else ''}"
     ratio = schedule.sweep_us / best.sweep_us
-    return f"{format_nbytes(best.budget_nbytes)} would make a sweep {ratio:.2f} times as fast, in {steps}. {note}"
+    return f"{format_nbytes(best.budget_nbytes)} would make a sweep {ratio:.2f} times as fast, in {steps_word(best.steps)}. {note}"
 
 
 def _comparison(comparison: "Comparison | None") -> str:
@@ -251,7 +280,7 @@ def _facts(planned: Plan) -> str:
             for link in problem.links
         ),
     ]
-    return _table(("this plan is for", ""), made_for) + _table(("solver and places", ""), solved)
+    return f"<h3>Fingerprint</h3>{_table((), made_for)}<h3>Solver and places</h3>{_table((), solved)}"
 
 
 def _fact(name: str, value: Any) -> str:
@@ -266,6 +295,15 @@ def _placed(places: Sequence[Placement], sizes: Sequence[int]) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; without a head, the first cells are those of its rows."""
     header = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='scroll' tabindex='0'><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+    top = f"<thead><tr>{header}</tr></thead>" if header else ""
+    body = "".join("<tr>" + "".join(_cell(cell, names=not header and n == 0) for n, cell in enumerate(row)) + "</tr>" for row in rows)
+    return f"<div class='scroll' tabindex='0'><table>{top}<tbody>{body}</tbody></table></div>"
+
+
+def _cell(text: str, *, names: bool) -> str:
+    if names:
+        return f"<th scope='row'>{html.escape(text)}</th>"
+    short = all(len(word) < _LONG for word in text.split())
+    return f"<td{' class=short' if short else ''}>{html.escape(text)}</td>"

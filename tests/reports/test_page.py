@@ -3,18 +3,23 @@
 import base64
 import gzip
 import json
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import sync_playwright
 
-from chunkft_compile.planner import Category, Fingerprint, Plan, plan, traces_of
+from chunkft_compile.planner import Category, Fingerprint, Placement, Plan, plan, traces_of
+from chunkft_compile.planner.units import format_nbytes, format_us
 from chunkft_compile.reports.page import make_page
 from chunkft_compile.reports.points import points_around
+from chunkft_compile.reports.runs import ComparedInstant, ComparedStep, Comparison
+from chunkft_compile.run_lines import Memory
 from tests.planner.planner_problems import transformer
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -71,8 +76,11 @@ def test_what_a_plan_holds_is_text() -> None:
 
 def test_a_page_says_whether_its_figures_are_exact() -> None:
     offline = _plan()
-    assert "Modelled, not measured" in make_page(offline)
-    assert "Modelled" not in make_page(replace(offline, traces=traces_of(offline)))
+    modelled, exact = make_page(offline), make_page(replace(offline, traces=traces_of(offline)))
+    assert "Modelled, not measured" in modelled
+    assert "It should fit:" in modelled
+    assert "Modelled" not in exact
+    assert "It fits:" in exact
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,54 @@ def test_a_gap_is_what_could_be_saved(status: str, gap: float, says: str) -> Non
     figures = re.findall(r"<dt>solver</dt><dd><b>(.*?)</b><span>(.*?)</span>", make_page(planned))
     assert [name for name, _ in figures] == [status]
     assert says in figures[0][1]
+
+
+def test_what_the_host_must_hold_is_said_at_the_top() -> None:
+    planned = _plan()
+    here = (Placement.DEVICE,) * len(planned.problem.segments)
+    nbytes = sum(chunk.state_nbytes for chunk in planned.problem.chunks)
+    for place, says in [
+        (Placement.DISK, (format_nbytes(nbytes), f"{format_nbytes(nbytes)} optimizer state on disk")),
+        (Placement.DEVICE, ("nothing", "optimizer state and weights stay on the device")),
+    ]:
+        places = replace(planned.schedule.places, state=(place,) * len(planned.problem.chunks), weights=here)
+        page = make_page(replace(planned, schedule=replace(planned.schedule, places=places), traces=traces_of(planned)))
+        assert re.findall(r"<dt>beside the device</dt><dd><b>(.*?)</b><span>(.*?)</span>", page) == [says]
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_stand_out_on_light_and_on_dark() -> None:
+    style = resources.files("chunkft_compile.reports").joinpath("assets", "page.css").read_text(encoding="utf-8")
+    light, dark, *_ = re.findall(r":root[^{]*\{([^}]*--paper[^}]*)\}", style)
+    for theme in (light, dark):
+        colors = {
+            name: "#" + "".join(2 * c if len(value) == 3 else c for c in value) for name, value in re.findall(r"--([\w-]+): #(\w+)", theme)
+        }
+        for category in Category:
+            assert _contrast(colors[category.replace(" ", "-")], colors["paper"]) >= 3, category
+        for words in ("ink", "soft", "accent", "warn"):
+            assert _contrast(colors[words], colors["paper"]) >= 4.5, words
+
+
+def _measured(planned: Plan) -> Comparison:
+    """A run in which every step took twice its time and a tenth of its bytes less, instruction by instruction."""
+    steps = []
+    for number, trace in enumerate(traces_of(planned)):
+        instants = tuple(ComparedInstant(i.op, i.name, i.us, 2 * i.us, i.peak_nbytes, i.peak_nbytes * 9 // 10) for i in trace.instants)
+        us, nbytes = sum(i.us for i in trace.instants), trace.peak_nbytes
+        steps.append(ComparedStep(number, 3, us, 2 * us, nbytes, nbytes * 9 // 10, False, instants))
+    return Comparison(tuple(steps), len(steps), (), Memory.EXACT, "added up by the allocator")
 
 
 def test_without_plotly_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +170,9 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-def _opened(browser: Any, path: Path, planned: Plan, **how: Any) -> tuple[Any, list[str]]:
+def _opened(browser: Any, path: Path, planned: Plan, comparison: Comparison | None = None, **how: Any) -> tuple[Any, list[str]]:
     """A page with the report of a plan, and whatever went wrong or over the network so far."""
-    path.write_text(make_page(planned, name="plan", points=points_around(planned, count=3)))
+    path.write_text(make_page(planned, name="plan", comparison=comparison, points=points_around(planned, count=3)))
     page = browser.new_context(**how).new_page()
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -130,7 +186,7 @@ def _opened(browser: Any, path: Path, planned: Plan, **how: Any) -> tuple[Any, l
 @pytest.mark.slow
 def test_a_browser_shows_a_large_plan(browser: Any, tmp_path: Path) -> None:
     page, wrong = _opened(browser, tmp_path / "page.html", _plan(layers=80))
-    assert page.locator(".js-plotly-plot").count() == 6
+    assert page.locator(".js-plotly-plot").count() == 7
     assert wrong == []
 
 
@@ -156,6 +212,7 @@ def test_steps_and_instructions_are_chosen_with_the_keyboard(browser: Any, tmp_p
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
     assert {"param", "SUMMARY"} <= reached
     page.locator("#time-table summary").click()
+    page.wait_for_selector("#time-table tbody tr")  # filled when the browser says that it is open
     assert page.locator("#time-table tbody tr").count() == len(planned.schedule.steps)
     assert wrong == []
 
@@ -171,4 +228,86 @@ def test_phones_and_dark_rooms(browser: Any, tmp_path: Path, how: dict[str, Any]
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator("#next").is_visible()
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_figures_read_as_everywhere_else(browser: Any, tmp_path: Path) -> None:
+    page, wrong = _opened(browser, tmp_path / "page.html", _plan())
+    draw = random.Random(0)
+    sizes = [0, 999, 1000, 1050, 1150, 1250, 999_949, 999_950, 999_999, 1_000_000, 999_949_999, 999_950_000, 1_000_500, 10**15, -1250]
+    sizes += [draw.randrange(10 ** draw.randrange(1, 16)) for _ in range(500)]
+    times = [
+        0,
+        999,
+        1000,
+        1150,
+        1250,
+        1350,
+        1450,
+        99_949,
+        99_950,
+        100_500,
+        101_500,
+        999_499,
+        999_500,
+        9_999_499,
+        9_999_500,
+        99_994_999,
+        99_995_000,
+    ]
+    times += [draw.randrange(10 ** draw.randrange(1, 12)) for _ in range(500)]
+    assert page.evaluate("(sizes) => sizes.map(formatBytes)", sizes) == [format_nbytes(size) for size in sizes]
+    assert page.evaluate("(times) => times.map(formatTime)", times) == [format_us(us) for us in times]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_paper_has_the_whole_of_every_figure_in_light_colours(browser: Any, tmp_path: Path) -> None:
+    page, wrong = _opened(browser, tmp_path / "page.html", _plan(), viewport={"width": 1100, "height": 800}, color_scheme="dark")
+    page.evaluate("""() => {
+        window.printed = [];
+        window.addEventListener("beforeprint", () => {
+            const figures = [...document.querySelectorAll(".plot > .plot-container .main-svg")];
+            const widths = figures.map((svg) => svg.getBoundingClientRect().width);
+            window.printed.push([Math.max(...widths), getComputedStyle(document.body).backgroundColor]);
+        });
+    }""")
+    (tmp_path / "page.pdf").write_bytes(page.pdf(prefer_css_page_size=True))
+    ((width, background),) = page.evaluate("window.printed")
+    assert 0 < width <= 680  # A4 and Letter less two margins of 12 mm have 703 and 725
+    assert background == "rgb(255, 255, 255)"
+    page.wait_for_function("document.querySelector('#memory .main-svg').getBoundingClientRect().width > 1000")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 31)"
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_a_run_is_drawn_over_its_plan(browser: Any, tmp_path: Path) -> None:
+    planned = _plan()
+    planned = replace(planned, traces=traces_of(planned))
+    page, wrong = _opened(browser, tmp_path / "page.html", planned, _measured(planned))
+    page.select_option("#step", "1")
+    took = page.evaluate("(id) => { const one = document.getElementById(id).data.at(-1); return [one.y[1], one.hovertext[1]]; }", "time")
+    assert took[1] == f"measured {format_us(2 * sum(instant.us for instant in planned.traces[1].instants))}"
+    nbytes = [instant.peak_nbytes * 9 // 10 for instant in planned.traces[1].instants]
+    lines = page.evaluate("document.getElementById('memory').data.at(-1).hovertext")
+    assert lines == [f"measured {format_nbytes(one)}" for one in nbytes]
+    assert page.evaluate("document.getElementById('peaks').data.at(-1).hovertext[1]") == f"measured {format_nbytes(max(nbytes))}"
+    assert f"measured {format_nbytes(max(nbytes))}" in page.locator("#binds").inner_text()
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_names_are_text_in_a_browser_too(browser: Any, tmp_path: Path) -> None:
+    page, wrong = _opened(browser, tmp_path / "page.html", _plan(name="<img src=x onerror=alert(1)>{}"))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    page.locator("#map-table summary").click()
+    page.wait_for_selector("#map-table tbody tr")
+    page.locator("#memory").scroll_into_view_if_needed()
+    bars = page.locator("#memory .nsewdrag").bounding_box()
+    page.mouse.move(bars["x"] + bars["width"] / 2, bars["y"] + 0.9 * bars["height"])
+    page.wait_for_selector("#memory .hovertext")
+    assert page.locator("img").count() == 0
+    assert page.locator("#map-table").inner_text().count("<img src=x onerror=alert(1)>") >= 1
     assert wrong == []
