@@ -8,7 +8,7 @@ import torch
 
 from chunkft_compile.planner.units import format_nbytes
 
-__all__ = ["FORMS", "device_nbytes", "format_nbytes", "parse_amount", "parse_budget"]
+__all__ = ["FORMS", "budgets_between", "device_nbytes", "format_nbytes", "parse_amount", "parse_budget"]
 
 FORMS = 'write "14GB" (10^9 bytes), "13.5GiB" (2^30 bytes), "80%" of the device\'s memory, or an integer of bytes'
 
@@ -64,3 +64,12 @@ def device_nbytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _, total = torch.accelerator.get_memory_info(device)
     return total
+
+
+def budgets_between(smallest: int, largest: int, points: int) -> list[int]:
+    """`points` budgets from the smallest to the largest, each by the same factor above the one before."""
+    if largest <= smallest:
+        return [smallest]
+    factor = (largest / smallest) ** (1 / (points - 1))
+    inner = [round(smallest * factor**i) for i in range(1, points - 1)]
+    return sorted({smallest, *inner, largest})

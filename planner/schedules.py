@@ -98,13 +98,13 @@ def _row(problem: Problem, step: Step, number: str) -> tuple[str, ...]:
     trained = compress([problem.segments[s].name for s in sorted({chunk.segment for chunk in chunks})])
     trains = format_nbytes(sum(chunk.grad_nbytes for chunk in chunks))
     peak, time = format_nbytes(step.peak_nbytes), format_us(step.us)
-    return number, str(len(chunks)), trains, trained, depth, _options(step.options[lowest:]), step.update, peak, time
+    return number, str(len(chunks)), trains, trained, depth, count_options(step.options[lowest:]), step.update, peak, time
 
 
-def _options(options: Sequence[str]) -> str:
+def count_options(options: Sequence[str]) -> str:
     """How many segments have which option. Those below the depth are not among them: they keep nothing, whatever their option is.
 
-    >>> _options(["save", "cheap", "cheap", "save", "save", "tiled 8"])
+    >>> count_options(["save", "cheap", "cheap", "save", "save", "tiled 8"])
     '3 save, 2 cheap, 1 tiled 8'
     """
     return ", ".join(f"{count} {option}" for option, count in Counter(options).items())

@@ -204,7 +204,7 @@ class _Recorder:
 
 
 def title_of(problem: Problem, instruction: Instruction) -> str:
-    """`backward block 3`, `update 4 chunks of block 3`, `fetch weights of block 2`."""
+    """`backward block 3`, `update 4 chunks`, `fetch weights of block 2`."""
     if instruction.op in (Op.FORWARD, Op.BACKWARD):
         return f"{instruction.op} {problem.segments[instruction.segment].name}"
     parts = []

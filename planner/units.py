@@ -1,5 +1,6 @@
 """Bytes and times for people."""
 
+from collections.abc import Callable
 from fractions import Fraction
 
 # (name, bytes, digits after the point): a tenth of a GB is too coarse to compare peaks with
@@ -28,3 +29,8 @@ def format_us(us: int) -> str:
     if us < 999_500:
         return f"{us / 1e3:.1f} ms" if us < 99_950 else f"{us / 1e3:.0f} ms"
     return f"{us / 1e6:.3f} s" if us < 9_999_500 else f"{us / 1e6:.2f} s" if us < 99_995_000 else f"{us / 1e6:.1f} s"
+
+
+def format_change(change: int, form: Callable[[int], str]) -> str:
+    """`change` with its sign, its size as `form` writes it: "+1.200 GB", "-92.0 ms"."""
+    return f"{'-' if change < 0 else '+'}{form(abs(change))}"

@@ -7,7 +7,6 @@ any more, 143 terminated.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from chunkft_compile.cli import diff, doctor, explain, fit, pareto, plan, report, train
+from chunkft_compile.cli.options import discard_stdout
 from chunkft_compile.cli.stopping import Interrupted, Termination
 from chunkft_compile.errors import BudgetError, CaptureError, MemoryPromiseError, TrainingError
 from chunkft_compile.planner import StepsError
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nchunkft: {interrupted}", file=sys.stderr)
         return interrupted.code
     except BrokenPipeError:  # `chunkft explain ... | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again on its way out, and complains
+        discard_stdout()
         return 141
     except _ERRORS as error:
         if args.debug:

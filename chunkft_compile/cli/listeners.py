@@ -4,8 +4,6 @@ The loop knows one callable that takes events; `fine_tune` makes it of all liste
 """
 
 import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, Self
@@ -14,7 +12,7 @@ from tqdm import tqdm
 
 from chunkft_compile.budget import format_nbytes
 from chunkft_compile.cli.events import Evaluated, Event, Planned, StepDone
-from chunkft_compile.cli.options import bar_style
+from chunkft_compile.cli.options import bar_style, discard_stdout
 from chunkft_compile.cli.planned import say
 
 Tell = Callable[[Event], None]
@@ -82,10 +80,8 @@ class JsonLines:
         try:
             print(json.dumps(event.to_plain()), flush=True)
         except BrokenPipeError:
-            # hours of training are worth more than a reader that left; and Python would try again at its exit
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+            # hours of training are worth more than a reader that left
+            discard_stdout()
             say("nobody reads the output of --json any more; the run goes on")
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,6 +122,13 @@ def pick_device(name: str | None) -> torch.device:
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
         raise ValueError(f"--device {name!r} is not on this machine: it has the cpu and {accelerator or 'no accelerator'}")
     return device
+
+
+def discard_stdout() -> None:
+    """For a reader that left: else the interpreter tries again on its way out, and complains."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def bar_style() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from chunkft_compile.budget import format_nbytes
+from chunkft_compile.budget import budgets_between, format_nbytes
 from chunkft_compile.cli.offline import Question, add_shape, say_modelled
 from chunkft_compile.cli.options import at_least, between
 from chunkft_compile.cli.planned import say
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     smallest, binding = smallest_offline(model, question.optimizer, question.choices, accumulating=question.accumulating)
     rows = []
-    for budget in budgets(smallest, _room_for_everything(question, model, smallest), args.points):
+    for budget in budgets_between(smallest, _room_for_everything(question, model, smallest), args.points):
         say(f"planning for {format_nbytes(budget)}")
         try:
             rows.append(_row(model, budget, schedule(budget)))
@@ -81,15 +81,6 @@ def _room_for_everything(question: Question, model: OfflineModel, smallest: int)
         middle = (low + high) // 2
         low, high = (low, middle) if has_room(middle) else (middle, high)
     return high
-
-
-def budgets(smallest: int, largest: int, points: int) -> list[int]:
-    """`points` budgets from the smallest to the largest, each by the same factor above the one before."""
-    if largest <= smallest:
-        return [smallest]
-    factor = (largest / smallest) ** (1 / (points - 1))
-    inner = [round(smallest * factor**i) for i in range(1, points - 1)]
-    return sorted({smallest, *inner, largest})
 
 
 def _row(model: OfflineModel, budget: int, schedule: Schedule) -> list[str]:

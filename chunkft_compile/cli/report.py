@@ -9,7 +9,7 @@ from chunkft_compile.planner import Plan
 from chunkft_compile.reports.comparison import format_comparison
 from chunkft_compile.reports.data import to_data
 from chunkft_compile.reports.document import as_markdown, as_text
-from chunkft_compile.reports.page import make_page
+from chunkft_compile.reports.page import make_page, plotly_script
 from chunkft_compile.reports.perfetto import to_perfetto
 from chunkft_compile.reports.points import points_around
 from chunkft_compile.reports.runs import Run, compare, read_run
@@ -105,5 +105,6 @@ def _render(chosen: str, planned: Plan, recorded: Run | None) -> str | bytes:
 
 
 def _page(planned: Plan, name: str, recorded: Run | None) -> str:
+    plotly_script()  # where there is none, refuse before the work
     comparison = None if recorded is None else compare(planned, recorded)
     return make_page(planned, name=name, comparison=comparison, points=points_around(planned))

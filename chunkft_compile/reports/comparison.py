@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from tabulate import tabulate
 
 from chunkft_compile.planner import Plan
-from chunkft_compile.planner.units import format_nbytes, format_us
+from chunkft_compile.planner.units import format_change, format_nbytes, format_us
 from chunkft_compile.reports.runs import ComparedStep, Comparison, Difference, Run, compare
 from chunkft_compile.run_lines import Memory
 
@@ -33,10 +33,10 @@ def format_comparison(plan: Plan, run: Run, *, markdown: bool = False) -> str:
         *([f"{bullet}the last line of the run was cut off, as in a run that was killed"] if run.torn else []),
         *_section("steps" + _shortened(found), *_steps(found), markdown=markdown),
         *_section("what instructions do, in all steps above", *_ops(found), markdown=markdown),
-        *_section("instructions whose times differ most (medians over sweeps)", *_differing(found.times(), _over_us), markdown=markdown),
+        *_section("instructions whose times differ most (medians over sweeps)", *_differing(found.times(), format_us), markdown=markdown),
     ]
     if found.memory is not Memory.NONE:
-        lines += _section("instructions whose peaks differ most", *_differing(found.peaks(), _over_nbytes), markdown=markdown)
+        lines += _section("instructions whose peaks differ most", *_differing(found.peaks(), format_nbytes), markdown=markdown)
     return "\n".join(lines)
 
 
@@ -91,19 +91,12 @@ def _ops(found: Comparison) -> tuple[Sequence[str], list[list[str]]]:
     return ("operation", "planned time", "measured", "differs"), rows
 
 
-def _differing(found: Sequence[Difference], over: Callable[[Difference], Sequence[str]]) -> tuple[Sequence[str], list[list[str]]]:
-    rows = [[str(one.step + 1), str(one.instant + 1), one.name, *over(one)] for one in found]
+def _differing(found: Sequence[Difference], form: Callable[[int], str]) -> tuple[Sequence[str], list[list[str]]]:
+    rows = [
+        [str(one.step + 1), str(one.instant + 1), one.name, form(one.planned), form(one.measured), format_change(one.over, form)]
+        for one in found
+    ]
     return ("step", "number", "instruction", "planned", "measured", "over"), rows
-
-
-def _over_us(found: Difference) -> Sequence[str]:
-    sign = "-" if found.over < 0 else "+"
-    return format_us(found.planned), format_us(found.measured), f"{sign}{format_us(abs(found.over))}"
-
-
-def _over_nbytes(found: Difference) -> Sequence[str]:
-    sign = "-" if found.over < 0 else "+"
-    return format_nbytes(found.planned), format_nbytes(found.measured), f"{sign}{format_nbytes(abs(found.over))}"
 
 
 def _percent(planned: int, measured: int) -> str:

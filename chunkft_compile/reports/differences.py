@@ -1,6 +1,5 @@
 """Two plans side by side: what they were made for, what they cost, and what each segment and chunk does differently in them."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -8,13 +7,12 @@ from fractions import Fraction
 from chunkft_compile.planner import Plan, Trace, traces_of
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.schedules import compress
-from chunkft_compile.planner.units import format_nbytes, format_us
+from chunkft_compile.planner.units import format_change, format_nbytes, format_us
 from chunkft_compile.reports.document import Section, Table
 from chunkft_compile.reports.moments import share, time_split
-from chunkft_compile.reports.spans import spans
+from chunkft_compile.reports.spans import rows_of, spans
 from chunkft_compile.reports.summary import by_place, fingerprint_rows, fullest, how_sure
 
-_CHUNK = re.compile(r"(?P<parameter>.*)\[(?P<start>\d+):(?P<stop>\d+)\]", re.DOTALL)
 _SPANS = 8  # of each sweep, to see what is trained when
 _NAMED = 3  # parameters
 _SMALL = 0.001  # of all gradients
@@ -96,7 +94,7 @@ def _parameters(plan: Plan) -> dict[str, int]:
     """How many rows of each parameter are trained."""
     found: dict[str, int] = {}
     for name in plan.fingerprint.chunks:
-        parameter, start, stop = _rows(name)
+        parameter, start, stop = rows_of(name)
         found[parameter] = found.get(parameter, 0) + stop - start
     return found
 
@@ -106,7 +104,7 @@ def _figures(a: Plan, b: Plan) -> Section:
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys([*first, *second]):
         (before, form), (after, _) = first.get(name, (0, second.get(name, (0, str))[1])), second.get(name, (0, str))
-        rows.append((name, form(before), form(after), _change(after - before, form)))
+        rows.append((name, form(before), form(after), format_change(after - before, form) if after != before else ""))
     bindings = [_binding(traces_of(plan)) for plan in (a, b)]
     rows.append(("peak at", *bindings, ""))
     rows.append(("updates", *(", ".join(sorted({step.update for step in plan.schedule.steps})) for plan in (a, b)), ""))
@@ -128,10 +126,6 @@ def _numbers(plan: Plan) -> dict[str, tuple[int, Callable[[int], str]]]:
     for what, sizes in by_place(plan).items():
         found |= {f"{what} on the {place}": (nbytes, format_nbytes) for place, nbytes in sizes.items() if nbytes}
     return found
-
-
-def _change(change: int, form: Callable[[int], str]) -> str:
-    return "" if not change else f"{'+' if change > 0 else '-'}{form(abs(change))}"
 
 
 def _binding(traces: Sequence[Trace]) -> str:
@@ -199,12 +193,6 @@ def _trained_in(plan: Plan) -> dict[str, list[tuple[int, int, str, Fraction]]]:
     for span in spans(plan.schedule, _SPANS):
         for index in span.chunks:
             chunk = plan.problem.chunks[index]
-            name, start, stop = _rows(chunk.name)
+            name, start, stop = rows_of(chunk.name)
             found.setdefault(name, []).append((start, stop, span.name, Fraction(chunk.grad_nbytes, max(1, stop - start))))
     return found
-
-
-def _rows(name: str) -> tuple[str, int, int]:
-    """`fqn`, 0 and 64 of a chunk `fqn[0:64]`; another name is that of one row of its own."""
-    found = _CHUNK.fullmatch(name)
-    return (found["parameter"], int(found["start"]), int(found["stop"])) if found else (name, 0, 1)

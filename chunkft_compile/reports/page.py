@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from chunkft_compile.planner import Category, Fingerprint, Placement, Plan, Role, Step, Trace, traces_of
 from chunkft_compile.planner.bounds import depth_of, roles_of
-from chunkft_compile.planner.units import format_nbytes, format_us
+from chunkft_compile.planner.units import format_change, format_nbytes, format_us
+from chunkft_compile.reports.moments import time_split
 from chunkft_compile.reports.points import Point
-from chunkft_compile.reports.summary import by_place, steps_word
+from chunkft_compile.reports.spans import rows_of
+from chunkft_compile.reports.summary import by_place, fullest, steps_word
 
 if TYPE_CHECKING:
     from chunkft_compile.reports.runs import Comparison
 
-_CHUNK = re.compile(r"(?P<param>.*)\[(?P<start>\d+):(?P<stop>\d+)\]", re.DOTALL)
 _SHOWN = 3  # tensors named in a sentence
 _LONG = 17  # a word with fewer letters is never broken in a table
 _SCRIPTS = ("units.js", "frame.js", "memory.js", "trained.js", "times.js", "page.js")
@@ -50,12 +51,12 @@ def make_page(planned: Plan, *, name: str = "", comparison: "Comparison | None" 
         "STYLE": _asset("page.css"),
         "VERDICT": _verdict(planned),
         "FIGURES": _figures(planned),
-        "BINDING": html.escape(binding_sentence(traces, planned)),
+        "BINDING": html.escape(_binding_sentence(traces)),
         "TIME": html.escape(_time_sentence(traces)),
         "CURVE": html.escape(_curve_sentence(planned, points)),
         "COMPARISON": _comparison(comparison),
         "FACTS": _facts(planned),
-        "PLOTLY": _plotly(),
+        "PLOTLY": plotly_script(),
         "DATA": packed,
         "SCRIPT": "\n".join(_asset(script) for script in _SCRIPTS),
     }
@@ -66,7 +67,8 @@ def _asset(name: str) -> str:
     return resources.files("chunkft_compile.reports").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
+def plotly_script() -> str:
+    """What draws the figures. Raises `ValueError` if plotly is not installed."""
     try:
         plotly = import_module("plotly.offline")
     except ModuleNotFoundError as error:
@@ -105,8 +107,7 @@ def _params(planned: Plan) -> list[dict[str, Any]]:
     step_of = {index: number for number, step in enumerate(planned.schedule.steps) for index in step.chunks}
     found: dict[str, dict[str, Any]] = {}
     for index, chunk in enumerate(planned.problem.chunks):
-        match = _CHUNK.fullmatch(chunk.name)
-        name, start, stop = (match["param"], int(match["start"]), int(match["stop"])) if match else (chunk.name, 0, 1)
+        name, start, stop = rows_of(chunk.name)
         param = found.setdefault(name, {"name": name, "segment": chunk.segment, "rows": []})
         param["rows"].append([start, stop, step_of[index], chunk.grad_nbytes])
     return list(found.values())
@@ -189,9 +190,9 @@ def _elsewhere(planned: Plan) -> Iterator[tuple[int, str, Placement]]:
                 yield nbytes, what, place
 
 
-def binding_sentence(traces: Sequence[Trace], planned: Plan) -> str:
+def _binding_sentence(traces: Sequence[Trace]) -> str:
     """Which instruction of which step decides the peak, and what is there then."""
-    number = max(range(len(traces)), key=lambda number: traces[number].peak_nbytes)
+    number = fullest(traces)
     trace = traces[number]
     instant = trace.instants[trace.binding]
     largest = ", ".join(f"{format_nbytes(lifetime.nbytes)} {lifetime.name}" for lifetime in trace.live_at(trace.binding)[:_SHOWN])
@@ -199,10 +200,7 @@ def binding_sentence(traces: Sequence[Trace], planned: Plan) -> str:
 
 
 def _time_sentence(traces: Sequence[Trace]) -> str:
-    totals: dict[str, int] = {}
-    for trace in traces:
-        for name, us in trace.time_split().items():
-            totals[name] = totals.get(name, 0) + us
+    totals = time_split(traces)
     hidden = totals.pop("hidden transfers")
     whole = max(1, sum(totals.values()))
     shares = ", ".join(f"{name} {us / whole:.0%}" for name, us in totals.items() if us)
@@ -248,7 +246,7 @@ def _comparison(comparison: "Comparison | None") -> str:
             one.name,
             format_us(one.planned),
             format_us(one.measured),
-            f"{'+' if one.over > 0 else '-'}{format_us(abs(one.over))}",
+            format_change(one.over, format_us),
         )
         for one in comparison.times()
     ]
@@ -265,8 +263,7 @@ def _comparison(comparison: "Comparison | None") -> str:
 def _facts(planned: Plan) -> str:
     """Fingerprint, solver and placements, as two tables."""
     schedule, problem = planned.schedule, planned.problem
-    state = _placed(schedule.places.state, [chunk.state_nbytes for chunk in problem.chunks])
-    weights = _placed(schedule.places.weights, [segment.weight_nbytes for segment in problem.segments])
+    state, weights = map(_placed, by_place(planned).values())
     made_for = [(field.name, _fact(field.name, getattr(planned.fingerprint, field.name))) for field in fields(Fingerprint)]
     solved = [
         ("status", schedule.status),
@@ -274,7 +271,7 @@ def _facts(planned: Plan) -> str:
         ("solved in", f"{schedule.solve_s:.1f} s"),
         ("updates", ", ".join(sorted({step.update for step in schedule.steps}))),
         ("optimizer state", state),
-        ("weights that can move", weights if any(segment.weight_nbytes for segment in problem.segments) else "none"),
+        ("weights that can move", weights),
         *(
             (f"to and from {link.placement}", f"{format_nbytes(link.read_bytes_per_s)}/s in, {format_nbytes(link.write_bytes_per_s)}/s out")
             for link in problem.links
@@ -289,9 +286,8 @@ def _fact(name: str, value: Any) -> str:
     return "; ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _placed(places: Sequence[Placement], sizes: Sequence[int]) -> str:
-    there = {place: sum(size for at, size in zip(places, sizes, strict=True) if at is place) for place in Placement}
-    return ", ".join(f"{format_nbytes(nbytes)} on the {place}" for place, nbytes in there.items() if nbytes) or "none"
+def _placed(sizes: dict[Placement, int]) -> str:
+    return ", ".join(f"{format_nbytes(nbytes)} on the {place}" for place, nbytes in sizes.items() if nbytes) or "none"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -39,9 +39,10 @@ def _rows(planned: Plan) -> Iterator[dict[str, Any]]:
 def _events(planned: Plan) -> Iterator[dict[str, Any]]:
     start_us, traces = 0, traces_of(planned)
     budget = planned.schedule.budget_nbytes
-    used = [category for category in Category if any(any(trace.stacks()[category]) for trace in traces)]
+    stacks = [trace.stacks() for trace in traces]
+    used = [category for category in Category if any(any(of_step[category]) for of_step in stacks)]
     yield _counter("budget", 0, {"bytes": budget})
-    for number, (step, trace) in enumerate(zip(planned.schedule.steps, traces, strict=True), 1):
+    for number, (step, trace, of_step) in enumerate(zip(planned.schedule.steps, traces, stacks, strict=True), 1):
         args = {
             "chunks": len(step.chunks),
             "gradient bytes": sum(planned.problem.chunks[index].grad_nbytes for index in step.chunks),
@@ -51,14 +52,15 @@ def _events(planned: Plan) -> Iterator[dict[str, Any]]:
             "at the peak": trace.instants[trace.binding].name,
             **{f"{what} us": us for what, us in trace.time_split().items()},
         }
-        yield _slice("steps", f"step {number} of {len(traces)}", start_us, sum(instant.us for instant in trace.instants), args)
-        yield from _instants(trace, start_us, used)
-        start_us += sum(instant.us for instant in trace.instants)
+        step_us = sum(instant.us for instant in trace.instants)
+        yield _slice("steps", f"step {number} of {len(traces)}", start_us, step_us, args)
+        yield from _instants(trace, of_step, start_us, used)
+        start_us += step_us
     yield _counter("budget", start_us, {"bytes": budget})
 
 
-def _instants(trace: Trace, start_us: int, used: Sequence[Category]) -> Iterator[dict[str, Any]]:
-    stacks, binding = trace.stacks(), trace.binding
+def _instants(trace: Trace, stacks: dict[Category, list[int]], start_us: int, used: Sequence[Category]) -> Iterator[dict[str, Any]]:
+    binding = trace.binding
     for number, instant in enumerate(trace.instants):
         args = {
             "instruction": number + 1,

@@ -1,5 +1,6 @@
 """Steps in rows that a person can read: one each, or, of a sweep of hundreds, as many neighbours in a row as it takes."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from itertools import pairwise
 
 from chunkft_compile.planner import Problem, Schedule, Step
 from chunkft_compile.planner.bounds import depth_of
-from chunkft_compile.planner.schedules import compress
+from chunkft_compile.planner.schedules import compress, count_options
 from chunkft_compile.planner.units import format_nbytes, format_us
 from chunkft_compile.reports.document import Table
 
 MOST_ROWS = 24
+_CHUNK = re.compile(r"(?P<parameter>.*)\[(?P<start>\d+):(?P<stop>\d+)\]", re.DOTALL)
 _NAMED = 3  # chunks of a segment that is trained in part
 
 
@@ -66,10 +68,8 @@ def steps_table(problem: Problem, schedule: Schedule) -> Table:
 
 def _options(problem: Problem, span: Span) -> str:
     """How many segments have which option, those below the depth left out: they keep nothing, whatever their option is."""
-    counts = Counter(option for step in span.steps for option in step.options[depth_of(problem, step.chunks) :])
-    if len(span.steps) > 1:
-        return ", ".join(counts)
-    return ", ".join(f"{count} {option}" for option, count in counts.items())
+    options = [option for step in span.steps for option in step.options[depth_of(problem, step.chunks) :]]
+    return count_options(options) if len(span.steps) == 1 else ", ".join(dict.fromkeys(options))
 
 
 def trained(problem: Problem, span: Span) -> Iterator[str]:
@@ -92,3 +92,9 @@ def trained(problem: Problem, span: Span) -> Iterator[str]:
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f": {', '.join(names[:_NAMED])}{more}"
+
+
+def rows_of(name: str) -> tuple[str, int, int]:
+    """`fqn`, 0 and 64 of a chunk `fqn[0:64]`; another name is that of one row of its own."""
+    found = _CHUNK.fullmatch(name)
+    return (found["parameter"], int(found["start"]), int(found["stop"])) if found else (name, 0, 1)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from chunkft_compile.budget import budgets_between
 from chunkft_compile.cli import main
 from chunkft_compile.cli.fit import largest
-from chunkft_compile.cli.pareto import budgets
 from chunkft_compile.offline import Choices, OfflineModel, Shape, read_config, smallest_offline
 from chunkft_compile.planner import Placement, Plan, from_json
 from chunkft_compile.planner.devices import find_device
@@ -288,7 +288,7 @@ def test_a_line_needs_few_trials() -> None:
 
 @given(st.integers(1, 10**12), st.integers(1, 10**12), st.integers(2, 20))
 def test_budgets_rise_from_the_smallest_to_the_largest(smallest: int, largest_nbytes: int, points: int) -> None:
-    found = budgets(smallest, largest_nbytes, points)
+    found = budgets_between(smallest, largest_nbytes, points)
     assert found == sorted(set(found))
     assert found[0] == smallest
     assert found[-1] == max(smallest, largest_nbytes)
