@@ -65,7 +65,8 @@ def _pace(found: Comparison) -> Iterator[str]:
     if max(middle, 1 / max(middle, 1e-9)) >= _SAME_PACE:
         yield (
             f"the middle one of all forwards and backwards took {middle:.2f} times as long as planned, "
-            f"half of them {low:.2f} to {high:.2f} times: the machine was {'slower, or busier,' if middle > 1 else 'faster, or had less else to do,'} than when operators were measured"
+            f"half of them {low:.2f} to {high:.2f} times: "
+            f"the machine was {'slower, or busier,' if middle > 1 else 'faster, or had less else to do,'} than when operators were measured"
         )
 
 
