@@ -81,8 +81,8 @@ def compile(
     sweep, or with `prefer="fresh"` for the one with the fewest steps, and for no more than `max_steps` if given; `solve_seconds` and
     `seed` go to the solver, and `seed` to random rounding.
     `options` ("save", "cheap", "inputs", "offload", "tiled"), `state` and `weights` ("device", "host", "disk") force ingredients: segments
-    have only these options, optimizer state and weights only these places. Weights stay on the device as long as that fits; where it
-    does not, those of some segments live in the store and come for the calls that read them.
+    have only these options, optimizer state and weights only these places. Weights stay on the device unless that does not fit, or a
+    sweep is faster by a tenth otherwise: then those of some segments live in the store and come for the calls that read them.
 
     `schedule` is a plan that `save_schedule` or `chunkft plan --json` wrote: it is run exactly, under its own budget, and refused with
     every difference named (`PlanMismatch`) for another model, batch, optimizer or torch.

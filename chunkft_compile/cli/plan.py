@@ -95,7 +95,7 @@ def _run_here(args: argparse.Namespace) -> int:
 def _refuse_offline_choices(args: argparse.Namespace) -> None:
     """What only a device that is not here can be planned with, and why."""
     for option, given, reason in [
-        ("--weights", args.weights != "device", "here weights leave the device only where the budget demands it"),
+        ("--weights", args.weights != "device", "here the planner decides which weights leave the device"),
         ("--host-memory", args.host_memory is not None, "here optimizer state has one place, which has no limit"),
         ("--overlap", args.overlap, "here copies run beside compute, at the speed that is measured"),
         ("--method", args.method is not None, "methods are planned to compare with, not to run"),

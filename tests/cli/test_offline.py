@@ -236,7 +236,7 @@ def test_a_model_here_needs_a_budget_and_takes_no_offline_choices(model_dir: Pat
     assert main(["plan", str(model_dir), "--device", "cpu"]) == 1
     assert "--budget is needed: memory on cpu" in error_line(capsys)
     for option, reason in [
-        (["--weights", "disk"], "here weights leave the device only where the budget demands it"),
+        (["--weights", "disk"], "here the planner decides which weights leave the device"),
         (["--host-memory", "1GB"], "here optimizer state has one place"),
         (["--overlap"], "here copies run beside compute"),
         (["--method", "hift"], "methods are planned to compare with, not to run"),
