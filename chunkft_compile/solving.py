@@ -83,8 +83,8 @@ def forms(compiled: Compiled, solving: Solving, *, accumulating: bool) -> list[P
 def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> tuple[Problem, Schedule]:
     """The schedule for this signature, with exact peaks and times, and the question it answers. Raises `BudgetError`.
 
-    The first form that fits is searched. A later one, which moves more bytes, is searched as well where a sketch of it is a tenth faster: just
-    above the smallest budget of a form there are many steps to a sweep, or much is computed again.
+    The first form that fits is searched. A later one, which moves more bytes, is searched as well where a sketch of it is a tenth
+    faster: just above the smallest budget of a form there are many steps to a sweep, or much is computed again.
     """
     *questions, last = forms(compiled, solving, accumulating=accumulating)
     best: tuple[Problem, Schedule] | None = None
