@@ -58,11 +58,11 @@ def _stores(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def visiting(model: nn.Module, device: torch.device, room: Callable[[], int] | None = None) -> Iterator[None]:
+def visiting(model: nn.Module, device: torch.device, room: Callable[[], int] | None = None, *, first: bool = False) -> Iterator[None]:
     """Inside, weights and buffers that are not on `device` are there while the module that owns them runs its forward.
 
     With `room`, which says how many bytes the device has left, it is for many forwards: what came stays until the end, or until its room
-    is needed. The first parameter is there all the time then, for models take its device for theirs.
+    is needed. With `first`, the first parameter is there all the time.
     """
     guests = _Guests(device, room)
     with ExitStack() as hooks:
@@ -71,7 +71,7 @@ def visiting(model: nn.Module, device: torch.device, room: Callable[[], int] | N
             if any(tensor.device != device for tensor in _own(module)):
                 hooks.callback(module.register_forward_pre_hook(guests.before).remove)
                 hooks.callback(module.register_forward_hook(guests.after, always_call=True).remove)
-        if room is not None:
+        if first:
             guests.invite(_first(model))
         yield
 

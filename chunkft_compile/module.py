@@ -421,16 +421,15 @@ class ChunkedModule(nn.Module):
         except AttributeError:
             if "module" not in self.__dict__.get("_modules", {}):
                 raise
-            module = super().__getattr__("module")
-            return self._brought(name, getattr(module, name), module)
+            return self._brought(name, getattr(super().__getattr__("module"), name))
 
-    def _brought(self, name: str, found: Any, module: nn.Module) -> Any:
+    def _brought(self, name: str, found: Any) -> Any:
         """An attribute of the model as it is, except where its weights may live beside the device: methods bring them where they run it."""
         if self._device.type == "cpu":  # all weights can be read where they are
             return found
         if name == "device" and isinstance(found, torch.device):
             return self._device
-        if not (inspect.ismethod(found) and found.__self__ is module):
+        if not (inspect.ismethod(found) and found.__self__ is self.module):
             return found
         function, device, budget_nbytes = found.__func__, self._device, self.budget_nbytes
 
@@ -438,10 +437,11 @@ class ChunkedModule(nn.Module):
         def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not is_elsewhere(model, device):
                 return function(model, *args, **kwargs)
-            with visiting(model, device, lambda: budget_nbytes - torch.accelerator.memory_allocated(device)):
+            # transformers' `generate` makes its tensors where the first parameter is
+            with visiting(model, device, lambda: budget_nbytes - torch.accelerator.memory_allocated(device), first=name == "generate"):
                 return function(model, *args, **kwargs)
 
-        return MethodType(method, module)
+        return MethodType(method, self.module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ChunkedModule":
         raise TypeError(

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -19,8 +18,6 @@ import torch
 from torch import nn
 
 import chunkft_compile
-from chunkft_compile import elsewhere
-from chunkft_compile.errors import TrainingError
 from chunkft_compile.planner import Placement, Update
 from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.engine import Run
@@ -117,28 +114,6 @@ def test_a_model_larger_than_the_device_is_trained_and_evaluated(report: dict[st
     assert 0 < run["longer"] < 20
 
 
-@pytest.mark.parametrize("update", ["held", "immediate"])
-def test_methods_of_a_model_larger_than_the_device_bring_its_weights(report: dict[str, Any], update: str) -> None:
-    """What it generates is what the same weights generate on the CPU, inside the capacity, and nothing stays on the device."""
-    run = report["streamed"][update]["generated"]
-    assert run["words"] == run["words on the CPU"]
-    assert run["device"] == "sim"
-    assert run["left behind"] == 0
-    assert run["scored"] == pytest.approx(run["scored on the CPU"], rel=1e-4)
-    assert "call the compiled model itself to train" in run["with gradients"]
-    assert run["peak"] <= report["streamed"][update]["budget"]
-
-
-def test_weights_come_once_where_the_budget_has_room_for_them(report: dict[str, Any]) -> None:
-    run = report["generated with room"]
-    assert run["words"] == run["words on the CPU"]
-    assert run["away"] > 0
-    assert run["tokens"] > 1
-    assert run["came"] == run["away"]  # tensors, once each
-    assert run["left behind"] == 0
-    assert report["streamed"]["held"]["generated"]["came"] > report["streamed"]["held"]["generated"]["away"]
-
-
 def test_a_deleted_model_gives_its_memory_back(report: dict[str, Any]) -> None:
     assert report["left behind"] == 0
 
@@ -188,7 +163,6 @@ def _run_all(device: SimDevice) -> dict[str, Any]:
         device.configure(link_bytes_per_s=_SLOW)
         found["resumed"] = _resume(Path(directory))
     found["streamed"] = {update: _run_streamed(device, update=update) for update in ("held", "immediate")}
-    found["generated with room"] = _run_with_room(device)
     gc.collect()
     with pytest.MonkeyPatch.context() as patch:
         plan_by_hand(patch, [Update.HELD], resident=(0, 2))
@@ -389,7 +363,6 @@ def _run_streamed(device: SimDevice, **settings: Any) -> dict[str, Any]:
     plain.load_state_dict(dict(state))
     with torch.no_grad():
         wanted = float(plain(**batches[0]).loss)
-    generated = _generate(model, plain, before)
     longer = _step(model, optimizer, models.token_batch(99, tokens=12))[2]
     device.configure()
     return {
@@ -401,78 +374,8 @@ def _run_streamed(device: SimDevice, **settings: Any) -> dict[str, Any]:
         "weights differ by": float(torch.stack(differ).max()),
         "evaluated": [evaluated, wanted],
         "longer": longer,
-        "generated": generated,
         "away": sum(place is not Placement.DEVICE for place in schedule.places.weights),
     }
-
-
-def _run_with_room(device: SimDevice) -> dict[str, Any]:
-    """Weights beside a device that has room for all of them once training's own needs are not there."""
-    gc.collect()
-    device.configure(granularity=_BLOCK)
-    before = torch.accelerator.memory_allocated()
-    torch.manual_seed(0)
-    plain = models.llama(hidden_size=64, intermediate_size=256, num_hidden_layers=4).train()
-    budget = 3 * sum(p.nbytes for p in plain.parameters())
-    model = chunkft_compile.compile(copy.deepcopy(plain), budget, device="sim", weights=["host"], solve_seconds=1.0)
-    model.plan(**_on_device(models.token_batch()))
-    device.configure(capacity=before + budget, granularity=_BLOCK)
-    found = _generate(model, plain, before)
-    device.configure()
-    return found
-
-
-def _generate(model: Any, plain: nn.Module, before: int) -> dict[str, Any]:
-    """What methods of a model with weights beside the device find, and what `plain`, with the same weights, finds on the CPU."""
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    prompt = models.token_batch(7)["input_ids"][:1, :4]
-    away = [tensor for tensor in model.module.parameters() if tensor.device.type == "cpu"]
-    live = torch.accelerator.memory_allocated()
-    torch.accelerator.reset_peak_memory_stats()
-    came: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        move = elsewhere.set_data
-
-        def count(tensor: torch.Tensor, data: torch.Tensor) -> None:
-            came.extend([1] if data.device.type == "sim" else [])
-            move(tensor, data)
-
-        patch.setattr(elsewhere, "set_data", count)
-        words = model.generate(prompt.to("sim"), **settings)
-    peak = torch.accelerator.max_memory_allocated() - before
-    on_device = str(words.device.type)
-    words = words.tolist()
-    model.module.scored = MethodType(_score, model.module)
-    with torch.no_grad():
-        scored = float(model.scored(prompt.to("sim")))
-    refused = "nothing"
-    try:
-        model.scored(prompt.to("sim"))
-    except TrainingError as error:
-        refused = str(error)
-    del model.module.scored
-    gc.collect()
-    with torch.no_grad():
-        expected = float(_score(plain, prompt))
-    return {
-        "words": words,
-        "words on the CPU": plain.generate(prompt, **settings).tolist(),  # type: ignore[operator]
-        "tokens": settings["max_new_tokens"],
-        "device": on_device,
-        "scored": scored,
-        "scored on the CPU": expected,
-        "with gradients": refused,
-        "away": len(away),
-        "came": len(came),
-        "peak": peak,
-        "left behind": torch.accelerator.memory_allocated() - live,
-    }
-
-
-def _score(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """A method of a model, that runs it."""
-    found: torch.Tensor = model(input_ids=ids, labels=ids).loss
-    return found
 
 
 def _run_masters(device: SimDevice) -> dict[str, Any]:
