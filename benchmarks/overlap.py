@@ -95,8 +95,8 @@ class Recorder:
 
         def watch(*args: Any, **kwargs: Any) -> Watch:
             compiled, step = args
-            session._watch = _Noting(inner(*args, **kwargs), session.program(compiled, step).program, self)
-            return session._watch
+            session._watch = noting = _Noting(inner(*args, **kwargs), session.program(compiled, step).program, self)
+            return noting
 
         session.watch = watch
 
@@ -179,7 +179,8 @@ def build_model(layers: int, hidden: int) -> torch.nn.Module:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).train()
+    model: torch.nn.Module = LlamaForCausalLM(config).train()
+    return model
 
 
 def measure(layers: int, hidden: int, tokens: int, budget_nbytes: int, update: str, work: Path) -> list[Tape]:

@@ -17,6 +17,7 @@ from torch import nn
 import chunkft_compile
 from chunkft_compile import elsewhere
 from chunkft_compile.errors import TrainingError
+from chunkft_compile.runtime.chunks import set_data
 from tests import models
 from tests.conftest import Workshop
 from tests.support.simdev import SimDevice, register, run_beside
@@ -124,12 +125,12 @@ class _Counter:
     """Counts weights that come to the device."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.count, self._move = 0, elsewhere.set_data
+        self.count = 0
         patch.setattr(elsewhere, "set_data", self._count)
 
     def _count(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
         self.count += data.device.type == "sim"
-        self._move(tensor, data)
+        set_data(tensor, data)
 
 
 def _generate(model: Any, plain: nn.Module, before: int) -> dict[str, Any]:
