@@ -4,12 +4,13 @@
     python -m benchmarks.seven_b --work /scratch --layers 4 --resident 3GB --streamed 2GB --tokens 256
 
 Random bf16 weights are written to `--work` in shards once (13.5 GB; it needs about 45 GB free). Each case is a process of its own that
-opens them with `chunkft_compile.load`, plans, and trains single steps of its sweep with `AdamW(fused=True)`, gradients HELD: one of the
-shallowest, one in the middle and one of the deepest with resident weights, one of the deepest with streamed ones. A plan may have its steps
-in any order, so the chosen ones are put first. Measured: the exact number of live tensor bytes, the growth of the process (VmHWM over its
-RSS before the weights were opened, mapped files included), wall seconds, bytes moved, and the share of transfer time that computing did
-not wait for. The process uses `--threads` and returns freed memory at once (MALLOC_MMAP_THRESHOLD_). Exits with 1 if a step takes more
-than predicted.
+opens them with `chunkft_compile.load`, plans, and trains single steps of its sweep with `AdamW(fused=True)`, gradients HELD unless
+`--update` says otherwise: one of the shallowest, one in the middle and one of the deepest with resident weights, one of the deepest with
+streamed ones. A plan may have its steps in any order, so the chosen ones are put first. They find no optimizer state to fetch; `--again`
+goes on to the same steps of the next sweep, which do (it needs 27 GB more). Measured: the exact number of live tensor bytes, the growth
+of the process (VmHWM over its RSS before the weights were opened, mapped files included), wall seconds, bytes moved, and the share of
+transfer time that computing did not wait for; below each row what it waited for, phase by phase (see `benchmarks.overlap`). The process
+uses `--threads` and returns freed memory at once (MALLOC_MMAP_THRESHOLD_). Exits with 1 if a step takes more than predicted.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import gc
 import multiprocessing
 import os
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +30,10 @@ from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_compile
-from benchmarks.common import circumstances, train_step
+from benchmarks.common import UPDATES, circumstances, train_step
+from benchmarks.overlap import Recorder, Tape, summary
 from chunkft_compile.budget import parse_budget
+from chunkft_compile.module import ChunkedModule
 from chunkft_compile.planner import Plan, Step, from_json
 from chunkft_compile.runtime.allocators import install
 
@@ -89,34 +91,56 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def measure(work: Path, checkpoint: Path, budget_nbytes: int, weights: str, tokens: int, wanted: tuple[str, ...]) -> list[Row]:
-    """Train the wanted steps of one plan."""
+def measure(
+    work: Path,
+    checkpoint: Path,
+    budget_nbytes: int,
+    weights: str,
+    tokens: int,
+    wanted: tuple[str, ...],
+    settings: dict[str, Any],
+    again: bool,
+) -> list[Row]:
+    """Train the wanted steps of one plan; with `again` also those of the next sweep, whose optimizer state comes from the store."""
     hook = install()
     torch.manual_seed(0)
     ids = torch.randint(32000, (1, tokens))
     batch = {"input_ids": ids, "labels": ids}
     before = _status("VmRSS")
-    settings: dict[str, Any] = {"store": work, "weights": ["device"] if weights == "resident" else ["disk"]}
+    settings |= {"store": work, "weights": ["device"] if weights == "resident" else ["disk"]}
     plan = _planned(checkpoint, budget_nbytes, batch, settings)
     chosen = _choose(plan, wanted)
     print(f"{weights}: {len(plan.schedule.steps)} steps a sweep, {plan.schedule.sweep_us / 1e6:.0f} s of it predicted", flush=True)
     model = chunkft_compile.load(checkpoint, schedule=_reordered(plan, [number for _, number in chosen]), store=work)
     optimizer = AdamW(model.parameters(), lr=1e-5, fused=True)
     model.plan(**batch)
-    rows = []
-    for name, number in chosen:
-        gc.collect()
-        hook.reset()
-        Path("/proc/self/clear_refs").write_text("5")  # a new VmHWM
-        step, moved, start = plan.schedule.steps[number], model.traffic, time.perf_counter()
-        predicted = model.progress.predicted_nbytes
-        train_step(model, optimizer, batch)
-        seconds, moved = time.perf_counter() - start, model.traffic - moved
-        total = moved.read_nbytes + moved.written_nbytes
-        peaks = predicted, hook.peak(), _status("VmHWM") - before
-        rows.append(Row(weights, budget_nbytes, name, len(plan.schedule.steps), len(step.chunks), *peaks, seconds, total, moved.hidden))
-        print(tabulate([rows[-1].cells], HEADERS), flush=True)
+    recorder, rows = Recorder(model), []
+    for sweep in ("", ", again") if again else ("",):
+        for name, number in chosen:
+            step = plan.schedule.steps[number]
+            tape, growth_nbytes = _train_one(model, optimizer, batch, recorder, hook, before)
+            total = tape.moved.read_nbytes + tape.moved.written_nbytes
+            peaks = tape.predicted_nbytes, tape.measured_nbytes, growth_nbytes
+            seconds = (tape.stop_ns - tape.start_ns) / 1e9
+            steps = len(plan.schedule.steps)
+            rows.append(Row(weights, budget_nbytes, name + sweep, steps, len(step.chunks), *peaks, seconds, total, tape.moved.hidden))
+            print(f"{tabulate([rows[-1].cells], HEADERS)}\n\n{summary(tape)}\n", flush=True)
+        if again and not sweep:
+            for _ in range(len(plan.schedule.steps) - len(chosen)):
+                train_step(model, optimizer, batch)
     return rows
+
+
+def _train_one(
+    model: ChunkedModule, optimizer: AdamW, batch: dict[str, torch.Tensor], recorder: Recorder, hook: Any, before: int
+) -> tuple[Tape, int]:
+    """One step, and the growth of the process in it."""
+    gc.collect()
+    hook.reset()
+    Path("/proc/self/clear_refs").write_text("5")  # a new VmHWM
+    tape = recorder.record(model, optimizer, batch)
+    tape.measured_nbytes = hook.peak()
+    return tape, _status("VmHWM") - before
 
 
 def _planned(checkpoint: Path, budget_nbytes: int, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> Plan:
@@ -145,9 +169,9 @@ def _choose(plan: Plan, wanted: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _reordered(plan: Plan, first: list[int]) -> Plan:
-    steps = plan.schedule.steps
-    rest = [number for number in range(len(steps)) if number not in first]
-    return replace(plan, schedule=replace(plan.schedule, steps=tuple(steps[number] for number in dict.fromkeys([*first, *rest]))))
+    order = tuple(dict.fromkeys([*first, *range(len(plan.schedule.steps))]))
+    steps, traces = tuple(plan.schedule.steps[number] for number in order), tuple(plan.traces[number] for number in order)
+    return replace(plan, schedule=replace(plan.schedule, steps=steps), traces=traces)
 
 
 def _status(field: str) -> int:
@@ -165,6 +189,8 @@ def main() -> None:
     parser.add_argument("--resident", default="13.3GiB", help="budget with resident weights (default: %(default)s)")
     parser.add_argument("--streamed", default="6GiB", help="budget with streamed weights (default: %(default)s)")
     parser.add_argument("--only", choices=("resident", "streamed"), help="only this case")
+    parser.add_argument("--update", choices=UPDATES, default="held", help="when gradients are applied (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="also the same steps in the next sweep, with state in the store")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
     options = parser.parse_args()
 
@@ -178,7 +204,9 @@ def main() -> None:
             nbytes = parse_budget(budget, torch.device("cpu"))
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(options.threads,)) as pool:
-                rows += pool.submit(measure, options.work, checkpoint, nbytes, weights, options.tokens, wanted).result()
+                settings = {} if options.update == "held" else {"update": options.update}
+                arguments = options.work, checkpoint, nbytes, weights, options.tokens, wanted, settings, options.again
+                rows += pool.submit(measure, *arguments).result()
     print()
     print(tabulate([row.cells for row in rows], HEADERS, disable_numparse=True))
     shape = f"Llama-2-7B shape, {options.layers} layers, bf16, 1 x {options.tokens}, AdamW fused"

@@ -1,5 +1,6 @@
 """Capturing and evaluating a model whose weights are not where it computes."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from chunkft_compile.errors import TrainingError
 from chunkft_compile.runtime.chunks import set_data
 
 
@@ -56,31 +58,82 @@ def _stores(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def visiting(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, weights and buffers that are not on `device` are there while the module that owns them runs its forward."""
+def visiting(model: nn.Module, device: torch.device, room: Callable[[], int] | None = None, *, first: bool = False) -> Iterator[None]:
+    """Inside, weights and buffers that are not on `device` are there while the module that owns them runs its forward.
+
+    With `room`, which says how many bytes the device has left, it is for many forwards: what came stays until the end, or until its room
+    is needed. With `first`, the first parameter is there all the time.
+    """
+    guests = _Guests(device, room)
     with ExitStack() as hooks:
+        hooks.callback(guests.send_home)
         for module in model.modules():
-            own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-            if any(tensor.device != device for tensor in own):
-                before, after = _visit(device)
-                hooks.callback(module.register_forward_pre_hook(before).remove)
-                hooks.callback(module.register_forward_hook(after, always_call=True).remove)
+            if any(tensor.device != device for tensor in _own(module)):
+                hooks.callback(module.register_forward_pre_hook(guests.before).remove)
+                hooks.callback(module.register_forward_hook(guests.after, always_call=True).remove)
+        if first:
+            guests.invite(_first(model))
         yield
 
 
-def _visit(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks before and after the forward of a module."""
-    home: list[tuple[torch.Tensor, torch.Tensor]] = []
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
-    def before(module: nn.Module, *_: Any) -> None:
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.device != device:
-                home.append((tensor, tensor.data))
-                set_data(tensor, tensor.data.to(device))
 
-    def after(module: nn.Module, *_: Any) -> None:
-        while home:
-            tensor, data = home.pop()
+def _first(model: nn.Module) -> nn.Module:
+    """The module that owns the first parameter."""
+    return next(module for module in model.modules() if any(parameter is not None for parameter in module._parameters.values()))
+
+
+class _Guests:
+    """Modules whose weights are on the device for a while."""
+
+    def __init__(self, device: torch.device, room: Callable[[], int] | None) -> None:
+        self._device, self._room = device, room
+        self._home: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._calls: dict[nn.Module, int] = defaultdict(int)  # that are under way
+        self._idle: list[nn.Module] = []  # here, and in no call
+
+    def invite(self, module: nn.Module) -> None:
+        """It comes, and stays to the end."""
+        self._calls[module] += 1
+        self._come(module)
+
+    def before(self, module: nn.Module, *_: Any) -> None:
+        """A forward of the module begins."""
+        self._calls[module] += 1
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _own(module)):
+            raise TrainingError(
+                f"a method of the model ran its {type(module).__name__} with gradients enabled, and the weights of that live beside "
+                f"{self._device}; call the compiled model itself to train, and everything else under torch.no_grad()"
+            )
+        if module in self._idle:
+            self._idle.remove(module)
+        self._come(module)
+
+    def _come(self, module: nn.Module) -> None:
+        away = [tensor for tensor in _own(module) if tensor.device != self._device]
+        while away and self._idle and self._room is not None and self._room() < sum(tensor.nbytes for tensor in away):
+            self._leave(self._idle.pop())  # the last one to come: those that came first stay, and serve the next forward, too
+        self._home[module] += [(tensor, tensor.data) for tensor in away]
+        for tensor in away:
+            set_data(tensor, tensor.data.to(self._device))
+
+    def after(self, module: nn.Module, *_: Any) -> None:
+        """It ends, or has failed."""
+        self._calls[module] -= 1
+        if self._calls[module]:
+            return
+        if self._room is not None and self._room() >= 0:
+            self._idle.append(module)
+        else:
+            self._leave(module)
+
+    def send_home(self) -> None:
+        """All that are still here."""
+        for module in list(self._home):
+            self._leave(module)
+
+    def _leave(self, module: nn.Module) -> None:
+        for tensor, data in self._home.pop(module):
             set_data(tensor, data)
-
-    return before, after

@@ -1,9 +1,11 @@
 """`ChunkedModule`: the user's model, trained chunk by chunk under a byte budget."""
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.capture import unwrapped
 from chunkft_compile.compiled import Compiled
-from chunkft_compile.elsewhere import visiting
+from chunkft_compile.elsewhere import is_elsewhere, visiting
 from chunkft_compile.errors import TrainingError
 from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
@@ -172,6 +174,7 @@ class ChunkedModule(nn.Module):
 
     `parameters()` yields chunk parameters named `fqn[start:stop]` (and frozen parameters as they are); `state_dict()`,
     `save_pretrained`, `generate` and any other attribute are the model's own. Calls under `torch.no_grad()` run the model as it is.
+    Weights that live beside the device come for these calls and for methods, module by module, see `elsewhere.visiting`.
     """
 
     module: nn.Module
@@ -418,7 +421,27 @@ class ChunkedModule(nn.Module):
         except AttributeError:
             if "module" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(super().__getattr__("module"), name)
+            return self._brought(name, getattr(super().__getattr__("module"), name))
+
+    def _brought(self, name: str, found: Any) -> Any:
+        """An attribute of the model as it is, except where its weights may live beside the device: methods bring them where they run it."""
+        if self._device.type == "cpu":  # all weights can be read where they are
+            return found
+        if name == "device" and isinstance(found, torch.device):
+            return self._device
+        if not (inspect.ismethod(found) and found.__self__ is self.module):
+            return found
+        function, device, budget_nbytes = found.__func__, self._device, self.budget_nbytes
+
+        @functools.wraps(function)
+        def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not is_elsewhere(model, device):
+                return function(model, *args, **kwargs)
+            # transformers' `generate` makes its tensors where the first parameter is
+            with visiting(model, device, lambda: budget_nbytes - torch.accelerator.memory_allocated(device), first=name == "generate"):
+                return function(model, *args, **kwargs)
+
+        return MethodType(method, self.module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ChunkedModule":
         raise TypeError(

@@ -1,9 +1,9 @@
 """Moves copies away from the calls that wait for them: FETCH earlier, FREE later, as far as the bytes of the budget allow.
 
 A program is written as if every copy were waited for: FETCH right before the first use, FREE right after EVICT. That is its smallest
-form. Where copies run beside calls, `overlap` spends bytes that the budget leaves at that moment: it begins a fetch in time for its
-use, and lets an evicted tensor stay until its copy is complete. Weights that are needed again soon are not fetched twice. Calls keep
-their order, so nothing changes but bytes and time, and `simulate` replays the result like any program.
+form. Where copies run beside calls, `overlap` spends bytes that the budget leaves at that moment: it lets evicted state stay for one more
+update, begins a fetch in time for its use, and lets what was evicted stay until its copy is complete. Weights that are needed again soon
+are not fetched twice. Calls keep their order, so nothing changes but bytes and time, and `simulate` replays the result like any program.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ def overlap(program: Program, limit_nbytes: int) -> Program:
     limit = max(limit_nbytes, *peaks)
     track = _Track(program, list(program.instructions), peaks, limit)
     track.keep_weights()
+    track.free_behind()
     track.fetch_early()
     return replace(program, instructions=tuple(track.free_late()))
 
@@ -51,6 +52,22 @@ class _Track:
 
     def _fetches(self, i: int, segment: int) -> bool:
         return self.steps[i].op is Op.FETCH and segment in self.steps[i].weights
+
+    def free_behind(self) -> None:
+        """Evicted state stays until the next update is done, where there is room.
+
+        Fetches would take that room otherwise, long before they are needed, and for each one the next update would wait until a write
+        that has only just begun is complete.
+        """
+        for free in range(len(self.steps) - 1, -1, -1):
+            if self.steps[free].op is not Op.FREE or not self.steps[free].chunks:
+                continue
+            stop = next((i for i in range(free + 1, len(self.steps)) if self.steps[i].op in (Op.UPDATE, Op.BACKWARD)), free)
+            nbytes = self.program.nbytes_of(self.steps[free].moved)
+            peaks = [peak + nbytes for peak in self.peaks[free + 1 : stop + 1]]
+            if self.steps[stop].op is Op.UPDATE and max(peaks) <= self.limit:
+                self.steps[free : stop + 1] = [*self.steps[free + 1 : stop + 1], self.steps[free]]
+                self.peaks[free : stop + 1] = [*peaks, peaks[-1]]
 
     def fetch_early(self) -> None:
         """Every FETCH moves up until its copy is complete in time, as far as there is room. Their order stays."""

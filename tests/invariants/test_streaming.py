@@ -158,6 +158,9 @@ def test_state_dict_evaluation_and_saving_see_streamed_weights(monkeypatch: pyte
     torch.testing.assert_close(reloaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with torch.no_grad():
         assert torch.equal(compute_loss(reloaded, token_batch(3)), loss)
+    prompt = token_batch(4)["input_ids"][:1, :4]
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(model.generate(prompt, **settings), reloaded.generate(prompt, **settings))
 
 
 def test_another_shape_is_captured_while_weights_are_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,21 @@ def test_weights_that_are_needed_again_soon_stay() -> None:
     assert sum(step.op is Op.FETCH and bool(step.weights) for step in everything.instructions) == 4
 
 
+def test_no_update_waits_for_a_write_that_has_just_begun() -> None:
+    """Where state fills the room that there is, a part of it is what leaves, beside the next update."""
+    program = _program(12, update=Update.HELD, copy_us=50, streamed=False, offloaded=True)
+    line = simulate(program)
+    assert 3 * 60 < line.peak_nbytes - line.moments[-1].after_nbytes < 6 * 60, "room for the state of a few chunks"
+    found = overlap(program, 0).instructions
+    behind = []
+    for number, step in enumerate(found):
+        if step.op is Op.EVICT and step.chunks:
+            free = next(i for i, other in enumerate(found) if other.op is Op.FREE and other.chunks == step.chunks)
+            behind.append(sum(other.op is Op.UPDATE for other in found[number:free]))
+    assert len(behind) == 12
+    assert min(behind[:-1]) >= 1, behind
+
+
 def test_state_is_never_fetched_in_a_forward_or_before_other_micro_batches() -> None:
     found = overlap(replace(_program(3, update=Update.HELD, copy_us=500), accumulating=True), GENEROUS).instructions
     last = max(number for number, step in enumerate(found) if step.op is Op.BACKWARD)
