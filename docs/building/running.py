@@ -15,17 +15,21 @@ from pathlib import Path
 
 from docs.building.links import made_images
 from docs.building.outputs import difference
-from docs.building.pages import ROOT, Block, Kind, Page, read_page
+from docs.building.pages import ROOT, Block, Kind, Page, PageError, read_page
 
 SECONDS = 280  # of one block; a test has 300
+OWN_COMMANDS = Path(sys.executable).parent
 
 
 class BlockError(AssertionError):
     """A block that failed or printed something else; the message begins with its path and line."""
 
 
-def run_page(page: Page, directory: Path) -> None:
-    """Execute all of it in `directory`, which is made the current one meanwhile. `BlockError` at the first block that fails."""
+def run_page(page: Page, directory: Path, commands: Path = OWN_COMMANDS) -> None:
+    """Execute all of it in `directory`, which is made the current one meanwhile. `BlockError` at the first block that fails.
+
+    `sh` blocks find `chunkft` in `commands`.
+    """
     module = types.ModuleType(f"page_{page.path.stem.replace('-', '_').lower()}")
     module.__file__ = str(page.path)
     sys.modules[module.__name__] = module  # pickle and Dynamo look names up there
@@ -33,7 +37,7 @@ def run_page(page: Page, directory: Path) -> None:
         with contextlib.chdir(directory), warnings.catch_warnings():
             warnings.simplefilter("default")  # a reader's session shows warnings of other libraries and goes on
             for block in page.blocks:
-                _run(page, block, module, directory)
+                _run(page, block, module, directory, commands)
         for name, line in made_images(page):
             if not (directory / name).exists():
                 raise BlockError(f"{page.path}:{line}: the image {name} is neither in the repository nor made by a block of the page")
@@ -41,7 +45,7 @@ def run_page(page: Page, directory: Path) -> None:
         del sys.modules[module.__name__]
 
 
-def _run(page: Page, block: Block, module: types.ModuleType, directory: Path) -> None:
+def _run(page: Page, block: Block, module: types.ModuleType, directory: Path, commands: Path) -> None:
     where = f"{page.path}:{block.line}"
     if block.kind is Kind.NOT_RUN:
         return
@@ -50,7 +54,7 @@ def _run(page: Page, block: Block, module: types.ModuleType, directory: Path) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(block.source)
         return
-    printed = _python(block, module, where) if block.kind is Kind.PYTHON else _shell(block, where)
+    printed = _python(block, module, where) if block.kind is Kind.PYTHON else _shell(block, where, commands)
     if block.expected is not None:
         differs = difference(printed, block.expected, directory)
         if differs:
@@ -70,11 +74,11 @@ def _python(block: Block, module: types.ModuleType, where: str) -> str:
     return printed.getvalue()
 
 
-def _shell(block: Block, where: str) -> str:
+def _shell(block: Block, where: str, commands: Path) -> str:
     """What it prints; the stderr of what fails is in the error."""
     command = ["bash", "-euo", "pipefail", "-c", block.source]
     try:
-        done = subprocess.run(command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, env=environment(commands), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
         raise BlockError(f"{where}: this block takes more than {SECONDS} s") from error
     if done.returncode != 0:
@@ -82,22 +86,29 @@ def _shell(block: Block, where: str) -> str:
     return done.stdout
 
 
-def environment() -> dict[str, str]:
-    """That of `sh` blocks: this interpreter's `chunkft`, which imports this repository, and no network."""
+def environment(commands: Path) -> dict[str, str]:
+    """That of `sh` blocks: `commands` and this interpreter come first, it imports this repository, and there is no network."""
     mine = os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
-    mine["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    mine["PATH"] = os.pathsep.join([str(commands), str(OWN_COMMANDS), os.environ.get("PATH", os.defpath)])
     mine["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return mine
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pages", metavar="PAGE", nargs="+", type=Path)
-    for path in parser.parse_args().pages:
+    parser.add_argument("--commands", type=Path, default=OWN_COMMANDS, metavar="DIR", help="where `chunkft` is (default: %(default)s)")
+    args = parser.parse_args()
+    for path in args.pages:
         with tempfile.TemporaryDirectory() as directory:
-            run_page(read_page(path.resolve()), Path(directory).resolve())
+            try:
+                run_page(read_page(path.resolve()), Path(directory).resolve(), args.commands)
+            except (BlockError, PageError) as error:
+                print(error, file=sys.stderr)
+                return 1
         print(f"{path}: every block does what the page shows")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,13 @@
 """Every block of every page does what the page shows, and every link leads somewhere."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from docs.building.links import dead_links
 from docs.building.pages import ROOT, Kind, PageError, page_paths, read_page
-from docs.building.running import run_page
+from docs.building.running import SECONDS
 
 
 def named(path: Path) -> str:
@@ -28,8 +29,11 @@ def with_blocks() -> list[object]:
 
 
 @pytest.mark.parametrize("path", with_blocks())
-def test_blocks(path: Path, tmp_path: Path) -> None:
-    run_page(read_page(path), tmp_path)
+def test_blocks(path: Path, commands: Path) -> None:
+    """In a process of its own, as a reader's session is: nothing that a page does reaches other tests."""
+    done = subprocess.run([commands / "run-page", path, "--commands", commands], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{path}: every block does what the page shows\n"
 
 
 @pytest.mark.parametrize("path", page_paths(), ids=named)
