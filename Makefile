@@ -49,7 +49,7 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p chunkft_compile
-	$(BIN)/mypy tests benchmarks examples
+	$(BIN)/mypy tests benchmarks examples docs
 
 format: $(INSTALLED) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
