@@ -1,12 +1,11 @@
-"""Figures of the pages. A block of a page makes one with plotly and saves it; here they get one look, and become SVG for readers of the Markdown.
+"""Figures of the pages: a block of a page makes one with plotly and saves it. Here they get one look, and become the SVG that pages show.
 
-    python -m docs.building.figures DIRECTORY        # draws every DIRECTORY/*.figure.json into docs/figures with Debian's chromium
-
-The HTML pages show the JSON, which plotly fits to the width of a phone; `docs/figures` is what a viewer of Markdown shows.
+python -m docs.building.figures docs/the-idea.md      runs a page, and draws what it saves into docs/figures, with Debian's chromium
 """
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 
 from chunkft_compile.planner import Category
+from docs.building.pages import read_page
+from docs.building.running import run_page
 
 COLOURS = {
     Category.WEIGHTS: "#8a7883",
@@ -79,11 +80,14 @@ def _svg(page: Any, figure: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the figures that a page saved."""
-    parser = argparse.ArgumentParser(description="Draw saved figures as SVG into docs/figures.")
-    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help=f"where the blocks of a page ran, with its *{SUFFIX}")
-    for path in draw(parser.parse_args(argv).directory):
-        print(path)
+    """Run a page and draw its figures."""
+    parser = argparse.ArgumentParser(description="Run a page, and draw the figures that it saves into docs/figures.")
+    parser.add_argument("page", type=Path, metavar="PAGE")
+    page = read_page(parser.parse_args(argv).page.resolve())
+    with tempfile.TemporaryDirectory() as directory:
+        run_page(page, Path(directory).resolve())
+        for path in draw(Path(directory)):
+            print(path)
 
 
 if __name__ == "__main__":
