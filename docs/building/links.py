@@ -41,7 +41,7 @@ def anchors_of(text: str) -> list[str]:
     seen: Counter[str] = Counter()
     anchors = []
     for title in titles:
-        anchor = re.sub(r"[^\w\- ]", "", _words(title).lower()).replace(" ", "-")
+        anchor = re.sub(r"[^\w\- ]", "", words_of(title).lower()).replace(" ", "-")
         anchors.append(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
         seen[anchor] += 1
     return anchors
@@ -72,5 +72,6 @@ def _inline(tokens: list[Token]) -> Iterator[tuple[Token, int]]:
             yield child, token.map[0] + 1 if token.map else 0
 
 
-def _words(title: Token) -> str:
+def words_of(title: Token) -> str:
+    """A heading without its marks."""
     return "".join(child.content for child in title.children or [] if child.type in ("text", "code_inline"))

@@ -19,7 +19,8 @@ def tiny_model(layers: int = 2, hidden: int = 64) -> LlamaForCausalLM:
     sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4}
     config = LlamaConfig(**sizes, **heads, vocab_size=VOCABULARY, eos_token_id=END, tie_word_embeddings=True)
-    return LlamaForCausalLM(config).train()
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
+    return model.train()  # type: ignore[no-any-return]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,6 +6,7 @@ code comes back.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -65,23 +66,32 @@ def warm_commands(directory: Path) -> Iterator[Path]:
 
 
 def serve(address: str) -> int:
-    """Returns only in forked processes, with the exit code of their command."""
+    """The exit code of the process that returns: of a forked one, that of its command."""
     from chunkft_compile.cli import main as chunkft  # before the socket is there: whoever finds it finds a warm process
     from docs.building.running import main as run_page
 
+    for module in ("transformers.models.llama.modeling_llama", "transformers.trainer"):  # transformers imports them when first asked for
+        importlib.import_module(module)
     mains: dict[str, Callable[[], int | None]] = {"chunkft": chunkft, "run-page": run_page}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.early")
         listener.listen(16)
         os.rename(f"{address}.early", address)
-        while True:
-            connection, _ = listener.accept()
+        listener.settimeout(1)
+        parent = os.getppid()
+        while os.getppid() == parent:  # a killed parent leaves nothing behind
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            connection.setblocking(True)
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener.close()
                 return _answer(connection, mains)
             connection.close()
+    return 0
 
 
 def _answer(connection: socket.socket, mains: dict[str, Callable[[], int | None]]) -> int:
