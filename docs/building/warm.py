@@ -6,6 +6,7 @@ code comes back.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -72,6 +73,8 @@ def serve(address: str) -> int:
 
     for module in ("transformers.models.llama.modeling_llama", "transformers.trainer"):  # transformers imports them when first asked for
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # collections in forked processes would write to all objects that are shared with this one, which copies their pages
     mains: dict[str, Callable[[], int | None]] = {"chunkft": chunkft, "run-page": run_page}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.early")
