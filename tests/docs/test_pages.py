@@ -7,7 +7,6 @@ import pytest
 
 from docs.building.links import dead_links
 from docs.building.pages import ROOT, Kind, PageError, page_paths, read_page
-from docs.building.running import SECONDS
 
 
 def named(path: Path) -> str:
@@ -28,10 +27,11 @@ def with_blocks() -> list[object]:
     return found
 
 
+@pytest.mark.timeout(900)  # on a machine with other jobs; each block has its own limit
 @pytest.mark.parametrize("path", with_blocks())
 def test_blocks(path: Path, commands: Path) -> None:
     """In a process of its own, as a reader's session is: nothing that a page does reaches other tests."""
-    done = subprocess.run([commands / "run-page", path, "--commands", commands], capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run([commands / "run-page", path, "--commands", commands], capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{path}: every block does what the page shows\n"
 
