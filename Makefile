@@ -42,7 +42,7 @@ demo: $(DEMO_INSTALLED) $(SHAKESPEARE) ## fine-tune all of SmolLM2-135M inside a
 test: lint ## lint, type check and the tests (under 10 s each)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(INSTALLED) ## the tests marked slow
+test-slow: $(DEMO_INSTALLED) ## the tests marked slow, one of them on the model of the demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile || test $$? -eq 5  # 5: there are none
 
 lint: $(INSTALLED) ## ruff and mypy --strict

@@ -164,7 +164,8 @@ def _capture(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     template = Template(model, leaves, spec, loss_only=loss_only)
     template.training = model.training
-    tensors = tuple(_stand_in(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+    # `detach` makes distinct objects: Dynamo would take labels that are the very tensor input_ids for one input.
+    tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
     for tensor, names in zip(tensors, named or (), strict=named is not None):
         torch._dynamo.maybe_mark_dynamic(tensor, [dim for dim, name in enumerate(names) if name is not None])
     # Not dynamic: at the second shape Dynamo would trace symbols, which the static fakes below then throw away.
@@ -194,15 +195,6 @@ def _capture(
     # Dynamo (2.13.0) keeps the traced module for good, and with it the batch and the model.
     vars(traced).clear()
     return found, symbols
-
-
-def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor to trace with: an object of its own, or Dynamo would take labels that are the very tensor input_ids for one input.
-
-    It begins where its storage does, so that all rows of a data set have one graph, and the plan of one is that of another.
-    """
-    moved = tensor.layout is torch.strided and tensor.storage_offset() > 0
-    return tensor.detach().as_strided(tensor.shape, tensor.stride(), 0) if moved else tensor.detach()
 
 
 def _trace(

@@ -180,7 +180,7 @@ def _assign_backward(backward: list[fx.Node], number: dict[fx.Node, int], count:
 def _segment(number: int, name: str, nodes: list[fx.Node], capture: Capture) -> Segment:
     inside = {node: i for i, node in enumerate(nodes)}
     externals: dict[fx.Node, int] = {}
-    storages: dict[int, int] = {}
+    storages: dict[int, tuple[int, int | torch.SymInt]] = {}
     gradients = {node: name for name, node in capture.gradients.items()}
     kept = {node for node in capture.outputs if isinstance(node, fx.Node)} | set(capture.mutations.values())
 
@@ -210,10 +210,15 @@ def _origin(node: fx.Node, capture: Capture) -> str:
     return "outside"
 
 
-def _layout(node: fx.Node, storages: dict[int, int]) -> object:
-    """Shape, dtype, stride and which storage, numbered by first appearance, of every tensor of a node."""
-    tensors = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
-    return tuple(
-        (tuple(t.shape), str(t.dtype), t.stride(), t.storage_offset(), storages.setdefault(t.untyped_storage()._cdata, len(storages)))
-        for t in tensors
-    )
+def _layout(node: fx.Node, storages: dict[int, tuple[int, int | torch.SymInt]]) -> object:
+    """Of every tensor: shape, dtype, stride, its storage, numbered by first appearance, and its distance from the first tensor in that.
+
+    Where a storage itself begins makes no difference: a batch may be a view of any rows of the data.
+    """
+    rows = []
+    for tensor in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(tensor, torch.Tensor):
+            offset = tensor.storage_offset()
+            number, first = storages.setdefault(tensor.untyped_storage()._cdata, (len(storages), offset))
+            rows.append((tuple(tensor.shape), str(tensor.dtype), tensor.stride(), offset - first, number))
+    return tuple(rows)

@@ -31,7 +31,7 @@ _NONE = {  # one kernel from arguments to results, or a copy
     ),
     *("native_layer_norm", "_fused_rms_norm", "native_dropout", "native_dropout_backward", "bernoulli", "rand", "randn", "masked_fill"),
     *("scatter", "scatter_add", "expand_copy", "view_copy", "reshape", "_reshape_alias", "unbind_copy", "split_copy", "glu"),
-    *("nll_loss_backward", "mse_loss"),
+    *("mse_loss", "smooth_l1_loss", "soft_margin_loss", "binary_cross_entropy"),
 }
 _REDUCTIONS = {
     "sum",

@@ -64,6 +64,19 @@ def test_a_kept_schedule_runs_exactly(written: Path) -> None:
     assert model.budget_nbytes == BUDGET
 
 
+def test_batches_that_are_views_of_any_rows_run_on_it(written: Path) -> None:
+    data = {name: torch.cat([torch.zeros_like(value[:1]), value]) for name, value in token_batch().items()}
+    rows = {name: value[1:] for name, value in data.items()}
+    assert all(value.storage_offset() > 0 for value in rows.values())
+    losses = []
+    for batch in (rows, token_batch()):
+        model, optimizer = _compiled(schedule=written)
+        losses.append(model(**batch).loss.detach())
+        assert (model.counts.plans, model.counts.captures) == (1, 1)
+        del optimizer
+    assert torch.equal(*losses)
+
+
 def test_the_solver_is_not_asked(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("chunkft_compile.solving.plans")
     model, optimizer = _compiled(schedule=from_json(written.read_text(), Plan))

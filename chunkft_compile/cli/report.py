@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkft_compile.planner import Plan
-from chunkft_compile.reports.comparison import format_comparison
+from chunkft_compile.reports.comparison import comparison_sections
 from chunkft_compile.reports.data import to_data
 from chunkft_compile.reports.document import as_markdown, as_text
 from chunkft_compile.reports.page import make_page, plotly_script
@@ -91,9 +91,9 @@ def _format(given: str | None, output: Path | None) -> str:
 def _render(chosen: str, planned: Plan, recorded: Run | None) -> str | bytes:
     match chosen:
         case "table" | "markdown":
-            markdown = chosen == "markdown"
-            text = as_markdown(summary(planned)) if markdown else as_text(summary(planned))
-            return text if recorded is None else f"{text}\n{format_comparison(planned, recorded, markdown=markdown)}\n"
+            compared = comparison_sections(compare(planned, recorded), recorded) if recorded is not None else ()
+            sections = (*summary(planned), *compared)
+            return as_markdown(sections) if chosen == "markdown" else as_text(sections)
         case "perfetto":
             return to_perfetto(planned)
         case "memory-viz":
@@ -106,5 +106,4 @@ def _render(chosen: str, planned: Plan, recorded: Run | None) -> str | bytes:
 
 def _page(planned: Plan, name: str, recorded: Run | None) -> str:
     plotly_script()  # where there is none, refuse before the work
-    comparison = None if recorded is None else compare(planned, recorded)
-    return make_page(planned, name=name, comparison=comparison, points=points_around(planned))
+    return make_page(planned, name=name, run=recorded, points=points_around(planned))

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkft_compile.passes.copies import write_copies_anew
 from chunkft_compile.passes.functions import tag_functions
+from chunkft_compile.passes.losses import reduce_losses
 from chunkft_compile.passes.mixed_norms import correct_statistics
 from chunkft_compile.passes.splitting import split_experts, sum_biases
 
@@ -54,6 +55,7 @@ PASSES = (
     Pass("biases", sum_biases),
     Pass("experts", split_experts),
     Pass("copies", write_copies_anew),
+    Pass("losses", reduce_losses),
 )
 
 

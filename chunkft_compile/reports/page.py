@@ -12,30 +12,31 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module, resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chunkft_compile.planner import Category, Fingerprint, Placement, Plan, Role, Step, Trace, traces_of
 from chunkft_compile.planner.bounds import depth_of, roles_of
-from chunkft_compile.planner.units import format_change, format_nbytes, format_us
+from chunkft_compile.planner.units import format_nbytes, format_us
+from chunkft_compile.reports.comparison import comparison_sections
+from chunkft_compile.reports.document import Section
 from chunkft_compile.reports.moments import time_split
 from chunkft_compile.reports.points import Point
+from chunkft_compile.reports.runs import Comparison, Run, compare
 from chunkft_compile.reports.spans import rows_of
 from chunkft_compile.reports.summary import by_place, fullest, steps_word
-
-if TYPE_CHECKING:
-    from chunkft_compile.reports.runs import Comparison
 
 _SHOWN = 3  # tensors named in a sentence
 _LONG = 17  # a word with fewer letters is never broken in a table
 _SCRIPTS = ("units.js", "frame.js", "memory.js", "trained.js", "times.js", "page.js")
 
 
-def make_page(planned: Plan, *, name: str = "", comparison: "Comparison | None" = None, points: Sequence[Point] = ()) -> str:
+def make_page(planned: Plan, *, name: str = "", run: Run | None = None, points: Sequence[Point] = ()) -> str:
     """The page for a plan, which readers know as `name`; `points` are other budgets for its curve.
 
-    With a `comparison`, what a run really took is drawn over the plan. Raises `ValueError` if plotly is not installed.
+    What a recorded `run` really took is drawn over the plan. Raises `ValueError` if plotly is not installed, and what `compare` raises.
     """
     traces = traces_of(planned)
+    comparison = compare(planned, run) if run is not None else None
     data = {
         "categories": list(Category),
         "budget": planned.schedule.budget_nbytes,
@@ -54,7 +55,7 @@ def make_page(planned: Plan, *, name: str = "", comparison: "Comparison | None" 
         "BINDING": html.escape(_binding_sentence(traces)),
         "TIME": html.escape(_time_sentence(traces)),
         "CURVE": html.escape(_curve_sentence(planned, points)),
-        "COMPARISON": _comparison(comparison),
+        "COMPARISON": _comparison(comparison_sections(comparison, run) if comparison is not None and run is not None else ()),
         "FACTS": _facts(planned),
         "PLOTLY": plotly_script(),
         "DATA": packed,
@@ -113,7 +114,7 @@ def _params(planned: Plan) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _measured(comparison: "Comparison | None") -> list[dict[str, Any]]:
+def _measured(comparison: Comparison | None) -> list[dict[str, Any]]:
     if comparison is None:
         return []
     return [
@@ -159,7 +160,7 @@ def _figures(planned: Plan) -> str:
         pace = f"{format_us(step_us)} a step, with one micro-batch each"
     away, where = _away(planned)
     gap = "nothing is proven: there may be much faster sweeps"
-    if schedule.status == "OPTIMAL":
+    if not schedule.gap:
         gap = "proven best for these chunks"
     elif schedule.gap < 1:
         gap = f"proven: no sweep of these chunks takes more than {schedule.gap:.1%} less time"
@@ -213,10 +214,10 @@ def _time_sentence(traces: Sequence[Trace]) -> str:
 def _curve_sentence(planned: Plan, points: Sequence[Point]) -> str:
     if not points:
         return ""
-    schedule, note = (
-        planned.schedule,
-        "Without a search, and with the chunks of this plan: planning for another budget may find faster sweeps.",
-    )
+    schedule = planned.schedule
+    note = "Without a search, and with the chunks of this plan: planning for another budget may find faster sweeps."
+    if planned.lowered:
+        note += " Their times are the planner's bounds, that of this plan is of its programs, and may be some per cent more or less."
     faster = [point for point in points if point.budget_nbytes > schedule.budget_nbytes and point.sweep_us < schedule.sweep_us]
     best = min(faster, key=lambda point: point.sweep_us, default=None)
     if best is None:
@@ -225,39 +226,19 @@ def _curve_sentence(planned: Plan, points: Sequence[Point]) -> str:
     return f"{format_nbytes(best.budget_nbytes)} would make a sweep {ratio:.2f} times as fast, in {steps_word(best.steps)}. {note}"
 
 
-def _comparison(comparison: "Comparison | None") -> str:
-    """The tables of planned against measured; nothing without a run."""
-    if comparison is None:
+def _comparison(sections: Sequence[Section]) -> str:
+    """Planned against measured, as other formats have it; nothing without a run."""
+    if not sections:
         return ""
-    rows = [
-        (
-            str(step.number + 1),
-            format_nbytes(step.planned_nbytes),
-            "not measured" if step.measured_nbytes is None else format_nbytes(step.measured_nbytes),
-            format_us(step.planned_us),
-            format_us(step.measured_us),
-            f"{step.measured_us / max(1, step.planned_us):.2f}",
-        )
-        for step in comparison.steps
-    ]
-    late = [
-        (
-            str(one.step + 1),
-            one.name,
-            format_us(one.planned),
-            format_us(one.measured),
-            format_change(one.over, format_us),
-        )
-        for one in comparison.times()
-    ]
-    return (
-        "<section aria-labelledby='h-run'><h2 id='h-run'>Planned against measured</h2>"
-        f"<p>{html.escape(comparison.memory_note)}</p>"
-        + _table(("step", "planned peak", "measured peak", "planned time", "measured time", "ratio"), rows)
-        + "<h3>Where time differs most</h3>"
-        + _table(("step", "instruction", "planned", "measured", "difference"), late)
-        + "</section>"
-    )
+    first, *others = sections
+    heading = f"<h2 id='h-run'>{html.escape(first.title)}</h2>"
+    parts = "".join(f"<h3>{html.escape(section.title)}</h3>{_body(section)}" for section in others)
+    return f"<section aria-labelledby='h-run'>{heading}{_body(first)}{parts}</section>"
+
+
+def _body(section: Section) -> str:
+    sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in section.sentences)
+    return (f"<ul>{sentences}</ul>" if sentences else "") + "".join(_table(table.headers, table.rows) for table in section.tables)
 
 
 def _facts(planned: Plan) -> str:

@@ -9,7 +9,6 @@ from torch import fx, nn
 from chunkft_compile.capture import Capture, capture
 from chunkft_compile.segments import Segment, cut, is_forward
 from tests.compiler.joint import captured
-from tests.models import TOKENS, VOCABULARY, llama
 
 CASES = ["llama", "llama-tied", "gpt2-tied", "bert", "mlp", "sequential", "normed", "shared"]
 
@@ -139,13 +138,6 @@ def test_kinds_differ_where_shapes_do() -> None:
 
     kinds = [segment.kind for segment in cut(_captured(Uneven(), torch.randn(3, 6)))]
     assert len(set(kinds)) == len(kinds)  # the first has nothing below, the others differ in shape
-
-
-def test_every_row_of_a_data_set_has_the_same_kinds() -> None:
-    """Where a view begins in its storage is no part of the graph: a plan for one batch is one for the next."""
-    rows = torch.randint(VOCABULARY, (4, 2, TOKENS))
-    kinds = [[segment.kind for segment in cut(capture(llama(), (), {"input_ids": ids, "labels": ids}))] for ids in (rows[0], rows[3])]
-    assert kinds[0] == kinds[1]
 
 
 def test_two_stacks() -> None:

@@ -18,8 +18,9 @@ from chunkft_compile.planner import Category, Fingerprint, Placement, Plan, plan
 from chunkft_compile.planner.units import format_nbytes, format_us
 from chunkft_compile.reports.page import make_page
 from chunkft_compile.reports.points import points_around
-from chunkft_compile.reports.runs import ComparedInstant, ComparedStep, Comparison
-from chunkft_compile.run_lines import Memory
+from chunkft_compile.reports.runs import Run
+from chunkft_compile.run_lines import Header, Memory, PlanLine, ProgramLine, StepLine
+from chunkft_compile.runtime.store import Traffic
 from tests.planner.planner_problems import transformer
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -137,14 +138,22 @@ def test_colours_stand_out_on_light_and_on_dark() -> None:
             assert _contrast(colors[words], colors["paper"]) >= 4.5, words
 
 
-def _measured(planned: Plan) -> Comparison:
+def _ran(planned: Plan) -> Run:
     """A run in which every step took twice its time and a tenth of its bytes less, instruction by instruction."""
+    traces = planned.traces
+    header = Header(1, "0.1.0", "2.13.0", "cpu", planned.schedule.budget_nbytes, "2026-11-30", Memory.EXACT, "added up by the allocator")
+    programs = tuple(ProgramLine(n, 0, n, tuple(i.name for i in trace.instants)) for n, trace in enumerate(traces))
     steps = []
-    for number, trace in enumerate(traces_of(planned)):
-        instants = tuple(ComparedInstant(i.op, i.name, i.us, 2 * i.us, i.peak_nbytes, i.peak_nbytes * 9 // 10) for i in trace.instants)
-        us, nbytes = sum(i.us for i in trace.instants), trace.peak_nbytes
-        steps.append(ComparedStep(number, 3, us, 2 * us, nbytes, nbytes * 9 // 10, False, instants))
-    return Comparison(tuple(steps), len(steps), (), Memory.EXACT, "added up by the allocator")
+    for number, trace in enumerate(traces):
+        us, nbytes = tuple(2 * i.us for i in trace.instants), tuple(i.peak_nbytes * 9 // 10 for i in trace.instants)
+        times = {"at_us": 0, "wall_us": sum(us), "forward_us": sum(us), "backward_us": 0, "update_us": 0}
+        steps.append(
+            StepLine(
+                step=number, sweep=0, program=number, differs=None, loss=None, micro_batches=1, **times,
+                peak_nbytes=max(nbytes), traffic=Traffic(0, 0, 0, 0, 0), instant_us=us, instant_nbytes=nbytes,
+            )
+        )  # fmt: skip
+    return Run(header, (PlanLine(0, planned.fingerprint, planned.schedule),), programs, tuple(steps))
 
 
 def test_without_plotly_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +179,9 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-def _opened(browser: Any, path: Path, planned: Plan, comparison: Comparison | None = None, **how: Any) -> tuple[Any, list[str]]:
+def _opened(browser: Any, path: Path, planned: Plan, run: Run | None = None, **how: Any) -> tuple[Any, list[str]]:
     """A page with the report of a plan, and whatever went wrong or over the network so far."""
-    path.write_text(make_page(planned, name="plan", comparison=comparison, points=points_around(planned, count=3)))
+    path.write_text(make_page(planned, name="plan", run=run, points=points_around(planned, count=3)))
     page = browser.new_context(**how).new_page()
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -286,7 +295,7 @@ def test_paper_has_the_whole_of_every_figure_in_light_colours(browser: Any, tmp_
 def test_a_run_is_drawn_over_its_plan(browser: Any, tmp_path: Path) -> None:
     planned = _plan()
     planned = replace(planned, traces=traces_of(planned))
-    page, wrong = _opened(browser, tmp_path / "page.html", planned, _measured(planned))
+    page, wrong = _opened(browser, tmp_path / "page.html", planned, _ran(planned))
     page.select_option("#step", "1")
     took = page.evaluate("(id) => { const one = document.getElementById(id).data.at(-1); return [one.y[1], one.hovertext[1]]; }", "time")
     assert took[1] == f"measured {format_us(2 * sum(instant.us for instant in planned.traces[1].instants))}"
@@ -295,6 +304,8 @@ def test_a_run_is_drawn_over_its_plan(browser: Any, tmp_path: Path) -> None:
     assert lines == [f"measured {format_nbytes(one)}" for one in nbytes]
     assert page.evaluate("document.getElementById('peaks').data.at(-1).hovertext[1]") == f"measured {format_nbytes(max(nbytes))}"
     assert f"measured {format_nbytes(max(nbytes))}" in page.locator("#binds").inner_text()
+    told = page.locator("section[aria-labelledby=h-run]").inner_text()
+    assert "took 2.00 times as long as planned, half of them 2.00 to 2.00 times: the machine was slower, or busier" in told
     assert wrong == []
 
 

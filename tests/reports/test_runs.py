@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from chunkft_compile.planner import Fingerprint, Op, Plan, PlanMismatch, Update, traces_of
-from chunkft_compile.reports.comparison import format_comparison
+from chunkft_compile.reports.comparison import comparison_sections
+from chunkft_compile.reports.document import as_markdown, as_text
 from chunkft_compile.reports.runs import ComparedStep, Difference, Run, compare, read_run
 from chunkft_compile.run_lines import Header, Line, Memory, PlanLine, ProgramLine, StepLine, to_text
 from chunkft_compile.runtime.store import Traffic
@@ -56,6 +57,12 @@ def write(path: Path, lines: Sequence[Line], rest: str = "") -> Path:
 def run_of(*steps: StepLine) -> Run:
     """A run of `PLAN`."""
     return Run(HEADER, (PLAN_LINE,), PROGRAMS, steps)
+
+
+def text_of(plan: Plan, run: Run, *, markdown: bool = False) -> str:
+    """What is printed of a run beside its plan."""
+    sections = comparison_sections(compare(plan, run), run)
+    return as_markdown(sections) if markdown else as_text(sections)
 
 
 def test_a_run_survives_a_round_trip(tmp_path: Path) -> None:
@@ -226,7 +233,7 @@ def test_copies_that_begin_elsewhere_are_found_by_name() -> None:
     ran = replace(step(0, 0, 50, 7), instant_us=tuple(us), instant_nbytes=tuple(nbytes))
     straight, moved = compare(PLAN, run_of(step(0, 0, 50, 7))), compare(PLAN, replace(run_of(ran), programs=(swapped,)))
     assert moved.steps == (replace(straight.steps[0], moved=True),)
-    assert "copies of 1 steps (1) began elsewhere than planned" in format_comparison(PLAN, replace(run_of(ran), programs=(swapped,)))
+    assert "copies of 1 steps (1) began elsewhere than planned" in text_of(PLAN, replace(run_of(ran), programs=(swapped,)))
 
 
 def test_of_equal_names_the_first_is_the_first() -> None:
@@ -241,13 +248,14 @@ def test_of_equal_names_the_first_is_the_first() -> None:
 
 GOLDEN = """\
 Planned against measured: 2 of 2 steps of the sweep were recorded
-
+-----------------------------------------------------------------
 device cpu, torch 2.13.0, 5 steps from 2026-11-30T05:40:54.032+00:00 on
 measured peaks are exact: every peak is read
 left out: 1 x a reason
 the last line of the run was cut off, as in a run that was killed
 
-steps:
+Steps
+-----
 
   step    sweeps    planned time    measured    differs    planned peak    measured
 ------  --------  --------------  ----------  ---------  --------------  ----------
@@ -255,7 +263,8 @@ steps:
    2/2         1          890 ms      890 ms       +0 %        2.050 GB    2.050 GB
    all                    982 ms      984 ms       +0 %
 
-what instructions do, in all steps above:
+What instructions do, in all steps above
+----------------------------------------
 
 operation      planned time    measured    differs
 -----------  --------------  ----------  ---------
@@ -263,13 +272,15 @@ forward             12.0 ms     14.0 ms      +17 %
 backward             890 ms      890 ms       +0 %
 update              80.0 ms     80.0 ms       +0 %
 
-instructions whose times differ most (medians over sweeps):
+Instructions whose times differ most (medians over sweeps)
+----------------------------------------------------------
 
   step    number  instruction        planned    measured     over
 ------  --------  ---------------  ---------  ----------  -------
      1         2  forward block 0     1.5 ms      3.5 ms  +2.0 ms
 
-instructions whose peaks differ most:
+Instructions whose peaks differ most
+------------------------------------
 
   step    number  instruction        planned    measured     over
 ------  --------  ---------------  ---------  ----------  -------
@@ -279,21 +290,37 @@ instructions whose peaks differ most:
 
 def test_the_printed_comparison() -> None:
     run = run_of(step(0, 0, 2000, -5000), step(1, 1), step(2, 0, 3000, -6000), step(3, 1, differs="a reason"), step(4, 0, 1000, -9000))
-    assert format_comparison(PLAN, replace(run, torn=True)) == GOLDEN.rstrip("\n")
+    assert text_of(PLAN, replace(run, torn=True)) == GOLDEN
 
 
 def test_the_comparison_as_markdown() -> None:
-    lines = format_comparison(PLAN, run_of(step(0, 0))).splitlines()
-    assert "instructions whose times differ most (medians over sweeps): none differ" in lines
-    marked = format_comparison(PLAN, run_of(step(0, 0, 1000)), markdown=True).splitlines()
+    lines = text_of(PLAN, run_of(step(0, 0))).splitlines()
+    place = lines.index("Instructions whose times differ most (medians over sweeps)")
+    assert lines[place + 2] == "None differ."
+    marked = text_of(PLAN, run_of(step(0, 0, 1000)), markdown=True).splitlines()
     assert marked[0].startswith("# Planned against measured: 1 of 2 steps")
     assert [line for line in marked if line.startswith("## ")] == [
-        "## steps",
-        "## what instructions do, in all steps above",
-        "## instructions whose times differ most (medians over sweeps)",
+        "## Steps",
+        "## What instructions do, in all steps above",
+        "## Instructions whose times differ most (medians over sweeps)",
+        "## Instructions whose peaks differ most",
     ]
     rows = [line for line in marked if line.startswith("|")]
     assert {line.count("|") for line in rows if "1/2" in line} == {8}
+
+
+def test_a_slower_machine_is_told_apart_from_a_wrong_plan() -> None:
+    def sentences(factor: float) -> list[str]:
+        run = run_of(*(replace(one, instant_us=tuple(round(us * factor) for us in one.instant_us)) for one in (step(0, 0), step(1, 1))))
+        return [line for line in comparison_sections(compare(PLAN, run), run)[0].sentences if "the machine was" in line]
+
+    assert sentences(1.2) == []
+    assert sentences(3) == [
+        "the middle one of all forwards and backwards took 3.00 times as long as planned, half of them 3.00 to 3.00 times: "
+        "the machine was slower, or busier, than when operators were measured"
+    ]
+    assert "took 0.50 times as long as planned" in sentences(0.5)[0]
+    assert "the machine was faster, or had less else to do, than" in sentences(0.5)[0]
 
 
 def test_a_long_sweep_shows_the_steps_that_differ_most() -> None:
@@ -302,8 +329,8 @@ def test_a_long_sweep_shows_the_steps_that_differ_most() -> None:
     line = replace(PLAN_LINE, schedule=plan.schedule)
     programs = tuple(ProgramLine(number, 0, number, NAMES[0]) for number in range(many))
     steps = tuple(replace(step(number, 0, 100 * number), program=number) for number in range(many))
-    text = format_comparison(plan, Run(HEADER, (line,), programs, steps))
-    assert "steps (20 of 30, whose times differ most):" in text
+    text = text_of(plan, Run(HEADER, (line,), programs, steps))
+    assert "Steps (20 of 30, whose times differ most)" in text.splitlines()
     shown = [row.split()[0] for row in text.splitlines() if f"/{many} " in row]
     assert shown == [f"{number + 1}/{many}" for number in range(10, many)]
     compared: Sequence[ComparedStep] = compare(plan, Run(HEADER, (line,), programs, steps)).steps
