@@ -15,6 +15,7 @@ from chunkft_compile.elsewhere import faked, is_elsewhere
 from chunkft_compile.errors import TrainingError
 from chunkft_compile.hooks import refuse_hooks
 from chunkft_compile.runtime.chunks import Chunk
+from chunkft_compile.runtime.garbage import collected_once
 from chunkft_compile.runtime.precision import Precision
 from chunkft_compile.shallow import capture_shallow
 from chunkft_compile.sizes import Symbols
@@ -59,7 +60,8 @@ class ModelMaker:
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
         """See `signatures.Maker`."""
-        with self._placed(args, kwargs) as (own_args, own_kwargs):
+        # what tracing leaves in cycles holds tensors of the batch, which no plan counts
+        with collected_once(), self._placed(args, kwargs) as (own_args, own_kwargs):
             found = self._checked(capture_shallow(self._model, own_args, own_kwargs, loss_only=self._loss_only))
         trace_capture(found)
         return found
@@ -68,7 +70,7 @@ class ModelMaker:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], named: Sequence[Sequence[object]], like: fx.Graph
     ) -> tuple[Capture, Symbols]:
         """See `signatures.Maker`."""
-        with self._placed(args, kwargs) as (own_args, own_kwargs):
+        with collected_once(), self._placed(args, kwargs) as (own_args, own_kwargs):
             found, symbols = capture_symbolic(self._model, own_args, own_kwargs, named, like, loss_only=self._loss_only)
         return self._checked(found), symbols
 

@@ -29,6 +29,7 @@ from chunkft_compile.resuming import Standing, choices, fitting, refuse_part, tr
 from chunkft_compile.run_writer import Recording, Running
 from chunkft_compile.runtime.chunks import Chunk, split_for_budget
 from chunkft_compile.runtime.engine import Call, Stepper
+from chunkft_compile.runtime.garbage import collected_once
 from chunkft_compile.runtime.guard import Watch, open_guard
 from chunkft_compile.runtime.moving import StateMover
 from chunkft_compile.runtime.precision import Precision, Rounding
@@ -359,7 +360,8 @@ class Session:
             problem, schedule = self.options.plan.problem, given(compiled, self.options.plan, accumulating=self.accumulating)
         else:
             try:
-                problem, schedule = solve(compiled, self.options.solving, accumulating=self.accumulating)
+                with collected_once():
+                    problem, schedule = solve(compiled, self.options.solving, accumulating=self.accumulating)
             except BudgetError as error:
                 solving = self.options.solving
                 if solving.forced or (solving.max_steps is not None and error.smallest_nbytes <= self.options.budget_nbytes):

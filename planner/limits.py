@@ -1,6 +1,7 @@
 """What holds for every sweep of a problem, before any is known: limits on steps, time and bytes that spare the solver work."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from chunkft_compile.planner.grounds import leanest
 from chunkft_compile.planner.problem import Cost, Problem, Role, Step, Update
@@ -56,28 +57,45 @@ class Capacity:
         trained = sorted({chunk.segment for chunk in problem.chunks})
         # at the backward of the depth all HELD gradients of the step are there, and the depth is the segment of some chunk
         self._least = {s: min(lasts[t] for t in trained if t <= s) for s in range(trained[0], len(problem.segments))}
+        self._tabulate()
 
-    def fewest_steps(self, segment: int, update_nbytes: int = 0) -> int:
-        """At least so many steps reach `segment` for a chunk whose update takes `update_nbytes` or more.
+    def fewest_steps(self, segment: int, update_nbytes: int = 0, kept_nbytes: int = 0) -> int:
+        """At least so many steps reach `segment` for a chunk whose update takes `update_nbytes` or more; too many where none can hold one.
 
         HELD, from the largest update down: chunks with a large update need some steps of the small capacity that it leaves; what
         these cannot hold of the chunks with a smaller update needs further steps, of a larger capacity. IMMEDIATE gradients share
-        a step's memory with those of their own segment only.
+        a step's memory with those of their own segment only. `kept_nbytes` of the room are taken in every step.
         """
-        chunks = zip(self.problem.chunks, self.update_nbytes, strict=True)
-        deep = [(chunk, nbytes) for chunk, nbytes in chunks if chunk.segment <= segment and nbytes >= update_nbytes]
         if not self.held_only:
-            totals: dict[int, int] = {}
-            for chunk, _ in deep:
-                totals[chunk.segment] = totals.get(chunk.segment, 0) + chunk.grad_nbytes
-            return max((-(-total // self.room) for total in totals.values()), default=0)
-        steps = room = 0
-        for least in sorted({nbytes for _, nbytes in deep}, reverse=True):
-            grad_nbytes = sum(chunk.grad_nbytes for chunk, nbytes in deep if nbytes >= least)
-            most = self.most_gradients(segment, least)
-            more = max(0, -(-(grad_nbytes - room) // most))
-            steps, room = steps + more, room + more * most
+            return self._steps(self._fullest[segment], self.room - kept_nbytes)
+        steps = held = 0
+        for least, grad_nbytes in self._totals[segment]:
+            if least < update_nbytes:
+                break
+            most = self.most_gradients(segment, least) - kept_nbytes
+            more = self._steps(max(0, grad_nbytes - held), most)
+            steps, held = steps + more, held + more * most
         return steps
+
+    def _steps(self, grad_nbytes: int, most_nbytes: int) -> int:
+        return -(-grad_nbytes // most_nbytes) if most_nbytes > 0 else len(self.problem.chunks) + 1
+
+    def _tabulate(self) -> None:
+        """What `fewest_steps` asks of each segment and those below it.
+
+        `_totals`: sizes of updates from the largest down, with the gradient bytes of all chunks whose update takes as much or more.
+        `_fullest`: the most gradient bytes of one segment.
+        """
+        own: list[dict[int, int]] = [{} for _ in self.problem.segments]
+        for chunk, nbytes in zip(self.problem.chunks, self.update_nbytes, strict=True):
+            own[chunk.segment][nbytes] = own[chunk.segment].get(nbytes, 0) + chunk.grad_nbytes
+        self._fullest = list(accumulate((sum(sizes.values()) for sizes in own), max))
+        self._totals: list[list[tuple[int, int]]] = []
+        deep: dict[int, int] = {}
+        for sizes in own:
+            deep = {nbytes: deep.get(nbytes, 0) + sizes.get(nbytes, 0) for nbytes in {**deep, **sizes}}
+            largest = sorted(deep, reverse=True)
+            self._totals.append(list(zip(largest, accumulate(deep[nbytes] for nbytes in largest), strict=True)))
 
     def most_gradients(self, segment: int, update_nbytes: int) -> int:
         """The most gradient bytes of a HELD step that reaches `segment` and updates a chunk that takes `update_nbytes`."""

@@ -13,9 +13,14 @@ from chunkft_compile.planner.grounds import leanest, on_device, settle, spread, 
 from chunkft_compile.planner.levelling import levelled_steps
 from chunkft_compile.planner.limits import MOST_CELLS, most_steps
 from chunkft_compile.planner.methods import METHODS, ingredients, method_problem, method_steps, option_names
-from chunkft_compile.planner.problem import Placement, Problem, Schedule, Step
+from chunkft_compile.planner.problem import Placement, Places, Problem, Schedule, Step
 from chunkft_compile.planner.proving import least_sweep_us
 from chunkft_compile.planner.verifying import verify
+
+_SHARES = tuple(part / 8 for part in range(8))  # one step is quickly made, and the amount of state all that is left to choose
+
+Found = tuple[tuple[Step, ...], Places, Draft]
+"""A finished sweep, and the draft it was made from."""
 
 
 def plan(
@@ -26,9 +31,10 @@ def plan(
     time_limit_s: float = 5.0,
     seed: int = 0,
     workers: int = 4,
+    gap: float = GAP,
 ) -> Schedule:
     """The best of `plans`."""
-    return plans(problem, prefer=prefer, max_steps=max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)[0]
+    return plans(problem, prefer=prefer, max_steps=max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers, gap=gap)[0]
 
 
 def plans(
@@ -39,13 +45,15 @@ def plans(
     time_limit_s: float = 5.0,
     seed: int = 0,
     workers: int = 4,
+    gap: float = GAP,
     most: int = 1,
 ) -> tuple[Schedule, ...]:
     """At most `most` different sweeps found within the budget, best first: the fastest, or with `prefer="fresh"` that of the fewest steps.
 
     Never slower than greedy or any of `METHODS` under the same budget. Raises `BudgetError` where no schedule fits, or none of at
     most `max_steps` steps was found. The same arguments give the same schedule: `time_limit_s` is turned into an amount of work, and
-    real time ends the search only on a machine so slow that it takes twice the limit. OPTIMAL and the gap are about sweeps of at most
+    real time ends the search only on a machine so slow that it takes twice the limit. No search is begun
+    where the known plans are proven to be within `gap` of the best. OPTIMAL and the gap of a search are about sweeps of at most
     `most_steps` steps of bundled chunks whose updates leave room for their state as if it were away; OPTIMAL means within 0.2 %.
     """
     start = time.perf_counter()
@@ -56,13 +64,13 @@ def plans(
     found = [(*finish(problem, draft, bundled), draft) for draft in known]
     best = min(found, key=lambda one: rank(one[0], prefer), default=None)
     solvable = best is None or len(best[0]) * len(problem.segments) <= MOST_CELLS
-    if best is not None and solvable:
-        found += [(*finish(problem, draft, bundled), draft) for draft in _with_room_for_state(bundled.problem, best[2])]
-        best = min(found, key=lambda one: rank(one[0], prefer))
     least = least_sweep_us(problem) if best else 0
-    gap = 0.0 if best is None else _gap(least, best[0])
-    status = "OPTIMAL" if solvable else "GREEDY"
-    if solvable and (best is None or gap > GAP or (prefer == "fresh" and len(best[0]) > 1)):
+    if best is not None and solvable:
+        found += _with_room_for_state(problem, bundled, best, prefer, max_steps)
+        best = min(found, key=lambda one: rank(one[0], prefer))
+    proven = 0.0 if best is None else _gap(least, best[0])
+    status = "GREEDY" if not solvable else "OPTIMAL" if proven <= GAP else "FEASIBLE"
+    if solvable and (best is None or proven > max(gap, GAP) or (prefer == "fresh" and len(best[0]) > 1)):
         draft = best[2] if best else None
         answer = _improve(bundled, draft, prefer, max_steps, time_limit_s=time_limit_s, seed=seed, workers=workers)
         if answer.draft is not None:
@@ -71,15 +79,15 @@ def plans(
             raise steps_error(problem, max_steps or 1, proven=answer.status == "INFEASIBLE")
         assert answer.status != "INFEASIBLE", "CP-SAT calls a problem infeasible for which a plan is known"
         best = min(found, key=lambda one: rank(one[0], prefer))
-        gap = _gap(max(least, answer.bound_us - len(best[0]) * answer.step_us), best[0])
-        status = "OPTIMAL" if gap <= GAP else answer.status
+        proven = _gap(max(least, answer.bound_us - len(best[0]) * answer.step_us), best[0])
+        status = "OPTIMAL" if proven <= GAP else answer.status
     assert best is not None, "without a known plan the solver's is the one"
     solve_s = time.perf_counter() - start
     different = {steps: places for steps, places, _ in sorted(found, key=lambda one: rank(one[0], prefer))}
     schedules = []
     for steps, places in islice(different.items(), most):
         own_status = status if steps == best[0] else "GREEDY"
-        own_gap = gap if steps == best[0] else _gap(least, steps)
+        own_gap = proven if steps == best[0] else _gap(least, steps)
         schedules.append(Schedule(problem.budget_nbytes, steps, places, own_status, own_gap, solve_s))
         verify(problem, schedules[-1])
     return tuple(schedules)
@@ -138,11 +146,23 @@ def known_drafts(problem: Problem) -> Iterator[Draft]:
                 yield Draft(steps, on_device(problem))
 
 
-def _with_room_for_state(problem: Problem, draft: Draft) -> Iterator[Draft]:
-    """Greedy plans of no more steps that keep more state on the device, where that may save transfers."""
-    if Placement.DEVICE in problem.state and any(chunk.state_nbytes for chunk in problem.chunks):
-        ground = settle(problem, spread(problem, draft.weights))
-        yield from (Draft(steps, draft.weights) for steps in levelled_steps(ground, draft.steps) if len(steps) <= len(draft.steps))
+def _with_room_for_state(problem: Problem, bundled: Bundled, best: Found, prefer: Prefer, max_steps: int | None) -> list[Found]:
+    """Greedy sweeps that keep more state on the device: of as many steps as the best, and of more while that pays."""
+    found: list[Found] = []
+    if Placement.DEVICE not in problem.state or not any(chunk.state_nbytes for chunk in problem.chunks):
+        return found
+    ground = settle(bundled.problem, spread(bundled.problem, best[2].weights))
+    most = len(best[0]) if prefer == "fresh" else max_steps or len(bundled.problem.chunks)
+    for count in range(len(best[0]), most + 1):
+        shares = _SHARES if count == 1 else _SHARES[::4]
+        drafts = [Draft(steps, best[2].weights) for steps in levelled_steps(ground, count, shares)]
+        more = [(*finish(problem, draft, bundled), draft) for draft in drafts]
+        found += more
+        better = min([best, *more], key=lambda one: rank(one[0], prefer))
+        if count > len(best[0]) and better is best:
+            break
+        best = better
+    return found
 
 
 def _some(ways: list[tuple[Placement, ...]], most: int = 8) -> list[tuple[Placement, ...]]:

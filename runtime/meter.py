@@ -15,7 +15,6 @@ an older session saw another block at the same address, with the size of that on
 blocks that were not allocated under this profiler are left out: on the CPU they make no room.
 """
 
-import gc
 import os
 import threading
 import time
@@ -29,6 +28,8 @@ import torch
 from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _EventType
 from torch.autograd import profiler
+
+from chunkft_compile.runtime.garbage import uncollected
 
 _SPAN = "chunkft_compile.measure_calls"
 _TIMED_RUNS = 2
@@ -84,11 +85,11 @@ def measure_calls(calls: Sequence[Callable[[], object]], device: torch.device | 
     """Memory and wall seconds of each call, in order. Each runs four times: to warm up, for its memory, and twice for its time.
 
     Calls must be repeatable. What they return counts in `end_nbytes` and is dropped before the next one starts. `seconds` is the
-    better of two runs outside the profiler. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring, and
-    random generators are put back afterwards.
+    better of two runs outside the profiler. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring, for it
+    would free older tensors in the middle of a call and take time there, and random generators are put back afterwards.
     """
     device = _measurable(device)
-    with _alone(), _uncollected(), _same_randomness(device):
+    with _alone(), uncollected(), _same_randomness(device):
         for call in calls:
             call()
         extents = _cpu_extents(calls) if device.type == "cpu" else [_accelerator_extent(call, device) for call in calls]
@@ -247,19 +248,6 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         _measuring.release()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No cyclic garbage collection: it would free older tensors in the middle of a call, and take time there."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

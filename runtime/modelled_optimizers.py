@@ -203,7 +203,7 @@ def _us(trial: _Trial, layout: Layout, device: Device) -> int:
     return math.ceil(device.us(0, nbytes, "float32") + (trial.launches - 1) * device.launch_us)
 
 
-@functools.cache  # bytes of torch's own code on small tensors: the same each time, and a gc.collect() to measure
+@functools.cache  # bytes of torch's own code on small tensors: the same each time
 def _try(name: str, foreach: bool | None, rank: int, dtype: torch.dtype, elements: int) -> _Trial:
     return _Trial.of(make_optimizer(name, [nn.Parameter(torch.zeros(2))], foreach=foreach), rank, dtype, elements)
 

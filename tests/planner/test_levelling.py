@@ -16,7 +16,7 @@ def test_even_steps_keep_more_state_than_steps_to_the_brim() -> None:
     steps = greedy_steps(ground)
     assert steps is not None
     kept = []
-    for some in (steps, *levelled_steps(ground, steps)):
+    for some in (steps, *levelled_steps(ground, len(steps))):
         finished, places = finish(problem, Draft(some, on_device(problem)))
         assert len(finished) <= len(steps)
         kept.append(sum(problem.chunks[index].state_nbytes for index in places.resident))
@@ -28,6 +28,6 @@ def test_even_steps_keep_more_state_than_steps_to_the_brim() -> None:
 def test_levelled_sweeps_train_everything_in_no_more_steps(problem: Problem) -> None:
     ground = plain_ground(problem)
     steps = greedy_steps(ground)
-    for some in levelled_steps(ground, steps) if steps else ():
+    for some in levelled_steps(ground, len(steps)) if steps else ():
         assert sorted(index for step in some for index in step.chunks) == list(range(len(problem.chunks)))
         assert all(step.peak_nbytes <= problem.budget_nbytes for step in some)

@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -153,3 +154,25 @@ def test_other_plans_come_after_the_best() -> None:
     assert [schedule.sweep_us for schedule in found] == sorted(schedule.sweep_us for schedule in found)
     assert len({schedule.steps for schedule in found}) == len(found)
     assert [schedule.gap for schedule in found] == sorted(schedule.gap for schedule in found)
+
+
+def test_more_steps_pay_where_they_keep_more_state() -> None:
+    slow = Link(Placement.HOST, 10**8, 10**8)
+    problem = replace(transformer(6, 0.5, tokens=512), links=(slow,))
+    greedy = greedy_schedule(problem)
+    assert greedy is not None
+    with patch("chunkft_compile.planner.planning.solve", side_effect=AssertionError("searched")):
+        found = plan(problem, gap=1.0)
+    assert len(found.steps) > len(greedy.steps)
+    assert found.sweep_us < greedy.sweep_us
+    assert found.status == "FEASIBLE"
+
+
+def test_a_search_is_begun_where_plans_are_not_close_enough() -> None:
+    problem = transformer(6, 0.5, tokens=1024)
+    close = plan(problem, gap=1.0)
+    assert close.gap > 0.002
+    with patch("chunkft_compile.planner.planning.solve", side_effect=AssertionError("searched")):
+        assert plan(problem, gap=close.gap).gap == close.gap
+        with pytest.raises(AssertionError, match="searched"):
+            plan(problem, gap=0.99 * close.gap)

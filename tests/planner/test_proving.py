@@ -39,3 +39,19 @@ def test_state_that_may_stay_saves_no_more_than_its_room(overlaps: bool) -> None
     assert 0 < saved <= slow.read_us(room) + slow.write_us(room)
     best = plan(problem, time_limit_s=1)
     assert least_sweep_us(problem) <= best.sweep_us < least_sweep_us(moving)
+
+
+@pytest.mark.parametrize("layers", [6, 24])
+def test_of_several_steps_it_is_known_how_deep_each_must_be(layers: int) -> None:
+    problem = replace(transformer(layers, 0.3, tokens=64), state=(Placement.HOST,), links=(HOST,))
+    greedy = greedy_schedule(problem)
+    assert greedy is not None
+    assert len(greedy.steps) > 3
+    assert 0.85 * greedy.sweep_us < least_sweep_us(problem) <= greedy.sweep_us
+
+
+def test_state_that_stays_takes_room_from_gradients() -> None:
+    slow = replace(HOST, read_bytes_per_s=10**8, write_bytes_per_s=10**8)
+    problem = replace(transformer(6, 0.5, tokens=512), links=(slow,))
+    best = plan(problem, time_limit_s=0.01)
+    assert 0.9 * best.sweep_us < least_sweep_us(problem) <= best.sweep_us
