@@ -40,7 +40,7 @@ _LOWERED = 3
 _CLOSE = 1.1  # the times of the planner and of lowered programs differ by a few per cent
 _FASTER = 0.9  # another form must be so much faster by its sketch to be searched as well
 # A search is begun where the gap, times the seconds it may take, is worth it: from 5 % on for the default of 5 seconds. Of plans that
-# were closer, such a search made none better by 0.1 % (20 problems), the costs are measured no better than that, and it takes a second or
+# were closer, such a search made none better by 0.1 % (a dozen problems); it takes a second or
 # three, the more the deeper a model is.
 _WORTHWHILE = 0.25
 
