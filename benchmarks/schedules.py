@@ -33,6 +33,7 @@ def adopt(model: ChunkedModule, schedule: Schedule) -> Schedule:
     if exact.peak_nbytes > model.budget_nbytes:
         raise ValueError(f"the schedule needs {exact.peak_nbytes} bytes, the budget is {model.budget_nbytes}")
     session.sweep = Sweep(exact)
+    session.keeper.place(session.latest.weight_places(exact.places))
     return exact
 
 
