@@ -32,7 +32,7 @@ from chunkft_compile.planner import (
 from chunkft_compile.planner.drafts import rank
 from chunkft_compile.planner.explaining import budget_error, hardest_step
 from chunkft_compile.planner.grounds import leanest
-from chunkft_compile.planner.proving import least_sweep_us
+from chunkft_compile.planner.proving import least_pass_us
 from chunkft_compile.planner.units import format_nbytes
 from chunkft_compile.writing import write_whole
 
@@ -108,7 +108,7 @@ def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> tuple[
 
 def _promises(problem: Problem, schedule: Schedule, solving: Solving) -> bool:
     """Whether the best that needs no search is a tenth better than a schedule, which was searched for and lowered."""
-    if solving.prefer == "time" and least_sweep_us(problem) > _FASTER * schedule.sweep_us:
+    if solving.prefer == "time" and least_pass_us(problem) > _FASTER * schedule.sweep_us:
         return False
     quick = sketch(problem, prefer=solving.prefer)
     if quick is None or len(quick.steps) > (solving.max_steps or len(quick.steps)):

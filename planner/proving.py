@@ -24,6 +24,12 @@ def least_sweep_us(problem: Problem) -> int:
     return several if single is None else min(several, max(single, passes.us([min(chunk.segment for chunk in problem.chunks)], most)))
 
 
+def least_pass_us(problem: Problem) -> int:
+    """No sweep takes less than one step over everything with all state at home: a weaker bound than `least_sweep_us`, and a quicker one."""
+    deepest = min(chunk.segment for chunk in problem.chunks)
+    return _Passes(problem).us([deepest], sum(chunk.state_nbytes for chunk in problem.chunks))
+
+
 class _Moves:
     """The transfers of all state."""
 
