@@ -7,6 +7,7 @@ as few steps as possible are deep. Filling from the top would leave the rest, a 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.grounds import Ground
@@ -25,16 +26,35 @@ def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step
         return None
     bins: list[list[int]] = []
     full: set[tuple[int, Chunk]] = set()  # bins only grow, so what did not fit once never will
-    for index in sorted(range(len(problem.chunks)), key=lambda index: _rank(problem, index)):
-        sort = replace(problem.chunks[index], name="", grad_us=0)
+    order = sorted(range(len(problem.chunks)), key=lambda index: _rank(problem, index))
+    for sort, group in groupby(order, key=lambda index: replace(problem.chunks[index], name="", grad_us=0)):
+        left = list(group)
         for number in _fullest_first(problem, bins):
-            if (number, sort) not in full and fits(ground, [*bins[number], index], budget):
-                bins[number].append(index)
-                break
-            full.add((number, sort))
-        else:
-            bins.append([index])
+            if left and (number, sort) not in full:
+                count = _most(ground, bins[number], left, budget)
+                bins[number] += left[:count]
+                left = left[count:]
+                if left:
+                    full.add((number, sort))
+        while left:
+            count = _most(ground, [], left, budget)
+            full.add((len(bins), sort))
+            bins.append(left[:count])
+            left = left[count:]
     return steps_of(ground, bins, budget)
+
+
+def _most(ground: Ground, chunks: Sequence[int], equal: Sequence[int], budget_nbytes: int) -> int:
+    """How many of these equal chunks fit beside `chunks`: mostly all or none."""
+    fitting, over = 0, len(equal) + 1
+    tried = len(equal)
+    while over - fitting > 1:
+        if fits(ground, [*chunks, *equal[:tried]], budget_nbytes):
+            fitting = tried
+        else:
+            over = tried
+        tried = 1 if not fitting and over > 2 else (fitting + over) // 2
+    return fitting
 
 
 def steps_of(ground: Ground, bins: Sequence[Sequence[int]], budget_nbytes: int) -> tuple[Step, ...] | None:
