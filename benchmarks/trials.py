@@ -127,7 +127,7 @@ def measure_times(entry: Entry, least_steps: int) -> Times:
         wall_s += time.perf_counter() - start
         plain_s.append(cpu_seconds(lambda: plain.step(batch)))
         product.run()
-    flops = 0 if entry.hides_operators else _flops(trainer, batch, steps)
+    flops = 0 if entry.hides_operators else count_flops(trainer, batch, steps)
     return Times(own_s, plain_s, wall_s, first_s, flops, product.flops_per_s)
 
 
@@ -157,7 +157,7 @@ class Product:
         return self._flops / self._seconds
 
 
-def _flops(trainer: Trainer, batch: Batch, steps: int) -> int:
+def count_flops(trainer: Trainer, batch: Batch, steps: int) -> int:
     """Operations of the matrix products of one sweep, attention included."""
     if isinstance(trainer, Ours):
         return sum(_program_flops(program) for program in trainer.programs())
