@@ -63,8 +63,9 @@ def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
         return
     gradient, tensor.grad = tensor.grad, None
     made = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data.detach()
-    # the object stays the one that optimizers and modules hold
-    torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
+    # The object stays the one that optimizers and modules hold. Private (2.13.0): `torch.utils.swap_tensors` does this and refuses tensors
+    # with weak references, which the fake modes of a capture hold of all that it saw; they are to the object, not to what is in it.
+    torch._C._swap_tensor_impl(tensor, made)
     tensor.grad = gradient
 
 

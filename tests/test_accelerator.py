@@ -80,7 +80,14 @@ def test_immediate_updates_are_plain_training_where_held_ones_do_not_fit(report:
     assert run["budget"] == report["slow"]["budget"]
 
 
-@pytest.mark.parametrize("link", ["fast", "slow", "immediate", "capturable"])
+def test_weights_leave_a_model_that_was_captured_on_the_device(report: dict[str, Any]) -> None:
+    run = report["leaving"]
+    assert run["weights away"] > 0 == report["fast"]["weights away"]
+    assert run["steps"] < report["fast"]["steps"]
+    assert run["weights differ by"] < 1e-4
+
+
+@pytest.mark.parametrize("link", ["fast", "slow", "immediate", "capturable", "leaving"])
 def test_every_step_stays_below_its_prediction(report: dict[str, Any], link: str) -> None:
     run = report[link]
     for measured, predicted in run["peaks"]:
@@ -151,6 +158,7 @@ def _run_all(device: SimDevice) -> dict[str, Any]:
     found: dict[str, Any] = _check_streams(device) | {"plain": _run_plain(device)}
     found["fast"] = _run_chunked(device)
     gc.collect()
+    found["leaving"] = _run_chunked(device, weights=None)
     found["leak"] = _run_leaking(device)
     found["left behind"] = _left_behind()
     found["slow"] = _run_chunked(device, link_bytes_per_s=_SLOW)
@@ -289,14 +297,21 @@ def _run_plain(device: SimDevice) -> str:
     return "trained"
 
 
-def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, capturable: bool = False, **settings: Any) -> dict[str, Any]:
+def _run_chunked(
+    device: SimDevice,
+    *,
+    link_bytes_per_s: float = 0.0,
+    capturable: bool = False,
+    weights: Sequence[str] | None = ("device",),
+    **settings: Any,
+) -> dict[str, Any]:
     """At least two sweeps on the device, and the same steps by the reference on the CPU."""
     gc.collect()
     before = torch.accelerator.memory_allocated()
     device.configure(granularity=_BLOCK)
     plain = _model()
     budget = _budget(plain)
-    model = chunkft_compile.compile(copy.deepcopy(plain).to("sim"), budget, solve_seconds=1.0, **settings)
+    model = chunkft_compile.compile(copy.deepcopy(plain).to("sim"), budget, solve_seconds=1.0, weights=weights, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=capturable)
     batches = [models.token_batch(seed) for seed in range(100)]
     schedule = model.plan(**_on_device(batches[0]))
@@ -305,9 +320,10 @@ def _run_chunked(device: SimDevice, *, link_bytes_per_s: float = 0.0, capturable
     losses, peaks = _steps(model, optimizer, batches, before)
     device.configure()
     steps = [[_slice(model.chunks[n]) for n in step.chunks] for step in schedule.steps]
-    expected, weights = train(plain, steps, lambda leaves: torch.optim.AdamW(leaves, lr=1e-2), [[batch] for batch in batches])
-    differ = [(tensor.cpu() - weights[name]).abs().max() for name, tensor in model.state_dict().items()]
+    expected, trained = train(plain, steps, lambda leaves: torch.optim.AdamW(leaves, lr=1e-2), [[batch] for batch in batches])
+    differ = [(tensor.cpu() - trained[name]).abs().max() for name, tensor in model.state_dict().items()]
     return {
+        "weights away": sum(weight.device.type == "cpu" for weight in model.module.parameters()),
         "steps": len(schedule.steps),
         "budget": budget,
         "peaks": peaks,
