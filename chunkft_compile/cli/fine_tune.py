@@ -239,8 +239,7 @@ def _planned(run: _Run, schedule: Schedule, plain_nbytes: int, step: int) -> Pla
 def _watch(run: _Run, model: Any) -> PeakWatch:
     measured_steps = min(run.loop.steps - 1, MEASURED_SWEEPS * len(model.schedule.steps)) if run.config.measure and model.schedule else 0
     ignore = [tensor for part in (run.data, run.held_out) if part is not None for tensor in part.tensors.values()]
-    weights = [*model.module.parameters(), *model.module.buffers()]
-    return PeakWatch(run.files.device, measured_steps=measured_steps, weights=weights, ignore=ignore)
+    return PeakWatch(run.files.device, measured_steps=measured_steps, ignore=ignore)
 
 
 def _evaluation(run: _Run, model: Any, stop: Stop) -> Evaluation:

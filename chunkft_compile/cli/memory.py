@@ -24,13 +24,12 @@ def rss_nbytes() -> int | None:
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def live_nbytes(device: torch.device, *, weights: Iterable[torch.Tensor] = (), ignore: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes on `device` of `weights` and of every storage made by the allocator that some tensor refers to, without `ignore`.
+def live_nbytes(device: torch.device, *, ignore: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes on `device` of every storage made by the allocator that some tensor refers to, without `ignore`.
 
-    Weights count even where they are a mapped file; other mapped files (the store of optimizer state) do not. Slow (it visits every
-    Python object) and right between steps only: inside one, autograd holds tensors that Python cannot see.
+    Mapped files (the store of optimizer state, and of weights that are away) do not count. Slow (it visits every Python object) and right
+    between steps only: inside one, autograd holds tensors that Python cannot see.
     """
-    counted = {tensor.untyped_storage().data_ptr() for tensor in weights}
     skipped = {tensor.untyped_storage().data_ptr() for tensor in ignore}
     found: dict[int, int] = {}
     for thing in gc.get_objects():
@@ -40,7 +39,7 @@ def live_nbytes(device: torch.device, *, weights: Iterable[torch.Tensor] = (), i
             storage = thing.untyped_storage()
             with suppress(RuntimeError):  # what tracing leaves behind can look plain and have no memory
                 pointer = storage.data_ptr()
-                if pointer in counted or (storage.resizable() and pointer not in skipped):  # foreign memory cannot be resized
+                if storage.resizable() and pointer not in skipped:  # foreign memory cannot be resized
                     found[pointer] = storage.nbytes()
     return sum(found.values())
 
@@ -78,12 +77,10 @@ class PeakWatch:
     Tensors in `ignore` (the data set) are not what a budget covers.
     """
 
-    def __init__(
-        self, device: torch.device, *, measured_steps: int, weights: Iterable[torch.Tensor] = (), ignore: Iterable[torch.Tensor] = ()
-    ) -> None:
+    def __init__(self, device: torch.device, *, measured_steps: int, ignore: Iterable[torch.Tensor] = ()) -> None:
         self.peak_nbytes: int | None = None
         self._device = device
-        self._weights, self._ignore = tuple(weights), tuple(ignore)
+        self._ignore = tuple(ignore)
         self._measured_steps = measured_steps if device.type == "cpu" else 0
         self._steps = 0
         self._session = ExitStack()
@@ -123,7 +120,7 @@ class PeakWatch:
             self._begin()
 
     def _begin(self) -> None:
-        self._before_nbytes = live_nbytes(self._device, weights=self._weights, ignore=self._ignore)
+        self._before_nbytes = live_nbytes(self._device, ignore=self._ignore)
         self._meter = _cpu_meter()
         self._session.enter_context(self._meter)
 

@@ -1,5 +1,6 @@
 """Both commands with the real engine on a tiny model: a refused budget names one that works, and that one trains."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chunkft_compile.cli import main
-from chunkft_compile.planner import Plan, from_json
+from chunkft_compile.planner import Placement, Plan, from_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captures_once")]
 
@@ -64,3 +65,19 @@ def test_a_planned_precision_is_trained_in(model_dir: Path, text_file: Path, tmp
     before, after = (float(said.split(f"held-out perplexity {when}: ")[1].split()[0]) for when in ("before", "after"))
     assert after < before
     assert {value.dtype for value in AutoModelForCausalLM.from_pretrained(out).state_dict().values()} == {torch.bfloat16}
+
+
+def test_weights_that_are_away_are_not_measured_as_there(
+    model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    budget = smallest_budget(model_dir, capsys)
+    files = ["--data", str(text_file), "--out", str(tmp_path / "out"), "--plan-json", str(plan), "--steps", "60", "--measure", "--json"]
+    capsys.readouterr()
+    assert main(["train", str(model_dir), "--budget", budget, *SHAPE, *files]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [one for one in found if one["event"] == "step"]
+    assert Placement.DISK in from_json(plan.read_text(), Plan).schedule.places.weights
+    predicted = max(one["predicted_nbytes"] for one in steps)
+    loop_nbytes = 1000  # what the command's own loop holds, such as a batch and the last loss, is in no plan
+    assert 0.95 * predicted < steps[-1]["measured_nbytes"] <= predicted + loop_nbytes
