@@ -66,6 +66,9 @@ bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step --dtype bf16 --budget 480MB
 	$(BIN)/python -m benchmarks.split
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels --dtype bf16 --budget 480MB
+	$(BIN)/python -m benchmarks.overlap --work build --update immediate
 	$(BIN)/python -m benchmarks.zoo --write docs/models.md
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.cap
