@@ -1,8 +1,10 @@
 """Capturing and evaluating a model whose weights are not where it computes."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,6 +76,20 @@ def visiting(model: nn.Module, device: torch.device, room: Callable[[], int] | N
         if first:
             guests.invite(_first(model))
         yield
+
+
+def bringing(method: MethodType, device: torch.device, budget_nbytes: int, *, first: bool) -> MethodType:
+    """A method of a model that runs it on `device`: weights that live elsewhere come for it, see `visiting`, and stay within the budget."""
+    function = method.__func__
+
+    @functools.wraps(function)
+    def brought(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_elsewhere(model, device):
+            return function(model, *args, **kwargs)
+        with visiting(model, device, lambda: budget_nbytes - torch.accelerator.memory_allocated(device), first=first):
+            return function(model, *args, **kwargs)
+
+    return MethodType(brought, method.__self__)
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:

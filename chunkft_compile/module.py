@@ -1,11 +1,9 @@
 """`ChunkedModule`: the user's model, trained chunk by chunk under a byte budget."""
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ from chunkft_compile.autocasting import Autocast
 from chunkft_compile.budget import FORMS, parse_budget
 from chunkft_compile.capture import unwrapped
 from chunkft_compile.compiled import Compiled
-from chunkft_compile.elsewhere import is_elsewhere, visiting
+from chunkft_compile.elsewhere import bringing, visiting
 from chunkft_compile.errors import TrainingError
 from chunkft_compile.planner import Placement, Plan, Prefer, Problem, Schedule, Update
 from chunkft_compile.runtime.chunks import Chunk
@@ -439,17 +437,8 @@ class ChunkedModule(nn.Module):
             return self._device
         if not (inspect.ismethod(found) and found.__self__ is self.module):
             return found
-        function, device, budget_nbytes = found.__func__, self._device, self.budget_nbytes
-
-        @functools.wraps(function)
-        def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not is_elsewhere(model, device):
-                return function(model, *args, **kwargs)
-            # transformers' `generate` makes its tensors where the first parameter is
-            with visiting(model, device, lambda: budget_nbytes - torch.accelerator.memory_allocated(device), first=name == "generate"):
-                return function(model, *args, **kwargs)
-
-        return MethodType(method, self.module)
+        # transformers' `generate` makes its tensors where the first parameter is
+        return bringing(found, self._device, self.budget_nbytes, first=name == "generate")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ChunkedModule":
         raise TypeError(
