@@ -90,15 +90,15 @@ def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> tuple[
     The first form that fits is searched. A later one, which moves more bytes, is searched as well where a sketch of it is a tenth
     faster: just above the smallest budget of a form there are many steps to a sweep, or much is computed again.
     """
-    *questions, last = forms(compiled, solving, accumulating=accumulating)
+    questions = forms(compiled, solving, accumulating=accumulating)
     best: tuple[Problem, Schedule] | None = None
-    for problem in [*questions, last]:
+    for problem in questions:
         if best is not None and not _promises(problem, best[1], solving):
             continue
         try:
             found = problem, _solve(compiled, problem, solving)
         except BudgetError:
-            if best is None and problem is last:
+            if best is None and problem is questions[-1]:
                 raise
             continue
         best = found if best is None else min(best, found, key=lambda one: rank(one[1].steps, solving.prefer))

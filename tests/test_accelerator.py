@@ -5,7 +5,6 @@
 
 import copy
 import gc
-import json
 import re
 import tempfile
 import time
@@ -23,10 +22,9 @@ from chunkft_compile.planner.program import Instruction, Op
 from chunkft_compile.runtime.engine import Run
 from chunkft_compile.runtime.precision import MASTER
 from tests import models
-from tests.conftest import Workshop
 from tests.invariants.by_hand import plan_by_hand
 from tests.support.reference import Slice, train
-from tests.support.simdev import SimDevice, register, run_beside
+from tests.support.simdev import SimDevice, on_device, report_work, run_beside
 
 pytestmark = pytest.mark.slow
 
@@ -144,15 +142,6 @@ def test_resuming_changes_no_bit_and_puts_state_where_it_lives(report: dict[str,
 # ---- what runs in the other process
 
 
-def _main() -> None:
-    device = register()
-    with pytest.MonkeyPatch.context() as patch:
-        Workshop().open(patch)
-        gc.collect()
-        gc.freeze()  # imports, which every collection would visit
-        print(json.dumps(_run_all(device)))
-
-
 def _run_all(device: SimDevice) -> dict[str, Any]:
     torch.manual_seed(0)
     found: dict[str, Any] = _check_streams(device) | {"plain": _run_plain(device)}
@@ -220,7 +209,7 @@ def _resume(directory: Path) -> dict[str, Any]:
 
 
 def _train_one(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    torch.autograd.backward(model(**_on_device(models.token_batch(seed))).loss)
+    torch.autograd.backward(model(**on_device(models.token_batch(seed))).loss)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -275,16 +264,12 @@ def _budget(model: nn.Module) -> int:
     return int(2.3 * sum(p.nbytes for p in model.parameters()))
 
 
-def _on_device(batch: models.Batch) -> dict[str, torch.Tensor]:
-    return {name: tensor.to("sim") for name, tensor in batch.items()}
-
-
 def _run_plain(device: SimDevice) -> str:
     """Plain AdamW with the budget as capacity."""
     model = _model()
     budget = _budget(model)
     model.to("sim")
-    batch = _on_device(models.token_batch())
+    batch = on_device(models.token_batch())
     device.configure(capacity=budget)
     optimizer = torch.optim.AdamW(model.parameters())
     try:
@@ -314,7 +299,7 @@ def _run_chunked(
     model = chunkft_compile.compile(copy.deepcopy(plain).to("sim"), budget, solve_seconds=1.0, weights=weights, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=capturable)
     batches = [models.token_batch(seed) for seed in range(100)]
-    schedule = model.plan(**_on_device(batches[0]))
+    schedule = model.plan(**on_device(batches[0]))
     batches = batches[: max(4, 2 * len(schedule.steps))]
     device.configure(capacity=before + budget, link_bytes_per_s=link_bytes_per_s, granularity=_BLOCK)
     losses, peaks = _steps(model, optimizer, batches, before)
@@ -339,7 +324,7 @@ def _run_leaking(device: SimDevice) -> str:
     device.configure(granularity=_BLOCK)
     model = chunkft_compile.compile(_model().to("sim"), 10**7, solve_seconds=1.0)
     optimizer, batch = torch.optim.AdamW(model.parameters()), models.token_batch()
-    model.plan(**_on_device(batch))
+    model.plan(**on_device(batch))
     _step(model, optimizer, batch)
     execute = Run._execute
 
@@ -367,12 +352,12 @@ def _run_streamed(device: SimDevice, **settings: Any) -> dict[str, Any]:
     model = chunkft_compile.compile(copy.deepcopy(plain), budget, device="sim", solve_seconds=1.0, **settings)
     model.to("sim")  # trainers do: weights go as the plan says, and all of them would not fit
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)  # where gradients are rounding, updates are none
-    schedule = model.plan(**_on_device(models.token_batch()))
+    schedule = model.plan(**on_device(models.token_batch()))
     batches = [models.token_batch(seed) for seed in range(2 * len(schedule.steps))]
     device.configure(capacity=before + budget, link_bytes_per_s=_SLOW, granularity=_BLOCK)
     losses, peaks = _steps(model, optimizer, batches, before)
     with torch.no_grad():
-        evaluated = float(model(**_on_device(batches[0])).loss)
+        evaluated = float(model(**on_device(batches[0])).loss)
     steps = [[_slice(model.chunks[n]) for n in step.chunks] for step in schedule.steps]
     expected, state = train(plain, steps, lambda leaves: torch.optim.AdamW(leaves, lr=1e-2, eps=1e-3), [[batch] for batch in batches])
     differ = [(tensor.cpu() - state[name]).abs().max() for name, tensor in model.state_dict().items()]
@@ -403,7 +388,7 @@ def _run_masters(device: SimDevice) -> dict[str, Any]:
     device.configure(granularity=_BLOCK)
     model = chunkft_compile.compile(network.to("sim"), budget, precision="master")
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (model, on_cpu)]
-    model.plan(**_on_device(models.token_batch()))
+    model.plan(**on_device(models.token_batch()))
     device.configure(capacity=before + budget, link_bytes_per_s=_SLOW, granularity=_BLOCK)
     losses, expected, peaks = [], [], []
     for seed in range(4):
@@ -441,7 +426,7 @@ def _steps(
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, batch: models.Batch) -> tuple[int, int, float]:
     """One ordinary step: measured peak, predicted peak, loss."""
-    inputs = _on_device(batch)
+    inputs = on_device(batch)
     predicted = model.progress.predicted_nbytes
     torch.accelerator.reset_peak_memory_stats()
     loss = model(**inputs).loss
@@ -466,4 +451,4 @@ def _describe_store(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, A
 
 
 if __name__ == "__main__":
-    _main()
+    report_work(_run_all)

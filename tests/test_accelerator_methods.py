@@ -6,7 +6,6 @@
 import copy
 import gc
 import inspect
-import json
 from types import MethodType
 from typing import Any
 
@@ -19,8 +18,7 @@ from chunkft_compile import elsewhere
 from chunkft_compile.errors import TrainingError
 from chunkft_compile.runtime.chunks import set_data
 from tests import models
-from tests.conftest import Workshop
-from tests.support.simdev import SimDevice, register, run_beside
+from tests.support.simdev import SimDevice, on_device, report_work, run_beside
 
 pytestmark = pytest.mark.slow
 
@@ -73,13 +71,8 @@ def test_other_methods_and_the_device_are_as_they_were(report: dict[str, Any]) -
 # ---- what runs in the other process
 
 
-def _main() -> None:
-    device = register()
-    with pytest.MonkeyPatch.context() as patch:
-        Workshop().open(patch)
-        gc.collect()
-        gc.freeze()  # imports, which every collection would visit
-        print(json.dumps({"tight": _run(device, 0.9), "wide": _run(device, 3.0, weights=["host"])}))
+def _run_both(device: SimDevice) -> dict[str, Any]:
+    return {"tight": _run(device, 0.9), "wide": _run(device, 3.0, weights=["host"])}
 
 
 def _run(device: SimDevice, factor: float, **settings: Any) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def _run(device: SimDevice, factor: float, **settings: Any) -> dict[str, Any]:
     budget = int(factor * weights)
     model = chunkft_compile.compile(copy.deepcopy(plain), budget, device="sim", solve_seconds=1.0, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    model.plan(**_on_device(models.token_batch()))
+    model.plan(**on_device(models.token_batch()))
     device.configure(capacity=before + budget, granularity=_BLOCK)
     losses = [_step(model, optimizer, 0)]
     plain.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
@@ -105,12 +98,8 @@ def _run(device: SimDevice, factor: float, **settings: Any) -> dict[str, Any]:
     return found | {"budget": budget, "weights": weights, "losses": losses, "still away": away}
 
 
-def _on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to("sim") for name, tensor in batch.items()}
-
-
 def _step(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> float:
-    loss = model(**_on_device(models.token_batch(seed))).loss
+    loss = model(**on_device(models.token_batch(seed))).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -175,4 +164,4 @@ def _ask(model: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _main()
+    report_work(_run_both)

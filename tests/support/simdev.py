@@ -6,11 +6,13 @@ accelerator of the process for good, so tests that use it run in a process of th
 
 import ctypes
 import functools
+import gc
 import json
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils import backend_registration
 
 from chunkft_compile.runtime import native
 from chunkft_compile.runtime.environment import user_cache
+from tests.conftest import Workshop
 
 _SOURCES = [Path(__file__).with_suffix(".h"), Path(__file__).with_suffix(".cpp")]
 
@@ -50,6 +53,21 @@ def register() -> SimDevice:
     torch._register_device_module("sim", _device_module())  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(unsupported_dtype=None)
     return SimDevice(library)
+
+
+def report_work(work: Callable[[SimDevice], dict[str, Any]]) -> None:
+    """What a module that `run_beside` runs does: `work` on the registered device, with captures made once, and its findings as JSON."""
+    device = register()
+    with pytest.MonkeyPatch.context() as patch:
+        Workshop().open(patch)
+        gc.collect()
+        gc.freeze()  # imports, which every collection would visit
+        print(json.dumps(work(device)))
+
+
+def on_device(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch on the device."""
+    return {name: tensor.to("sim") for name, tensor in batch.items()}
 
 
 def run_beside(module: str) -> dict[str, Any]:
