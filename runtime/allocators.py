@@ -48,6 +48,8 @@ class Allocator:
         self._peak = Peak(library)
         # The engine's guard has one too, for all compiled models: only one step runs at a time.
         self.guarded = Peak(library)
+        # So has the meter, which measures one thing at a time.
+        self.metered = Peak(library)
 
     def install(self) -> bool:
         """Count from now on. False if it did already."""

@@ -1,13 +1,18 @@
-"""How much memory and time something really takes, on any device, without a compiler.
+"""How much memory and time something really takes, on any device.
 
 Memory is allocator bytes: what tensors and the temporaries inside operators occupy, on the CPU to the byte. Accelerators keep
-such statistics themselves (rounded up to their block size). The CPU allocator keeps none, but it reports every allocation to
-torch's profiler, which the two functions here read.
+such statistics themselves (rounded up to their block size). The CPU allocator keeps none: the hook of `allocators` does, and where
+that cannot be built, torch's profiler is told of every allocation that is made on its own thread.
+
+NOTE [threads of operators]
+Some operators allocate on the threads they share their work with: of the backward of attention each takes a row of sums
+(`_scaled_dot_product_flash_attention_for_cpu_backward`, 256 bytes a thread, torch 2.13). The hook counts those; the profiler does not see
+them, so without a compiler a plan for several threads can be some hundred bytes low.
 
 NOTE [one measurement at a time]
 Starting a second profiler on one thread silently ends the first, and two at once on two threads crash the process (torch 2.13).
-On an accelerator the peak statistic is one per device, so a second reader would reset the first one's. Hence the lock below,
-for both, and the refusal to start under somebody else's profiler.
+The peak statistic of the hook, and that of an accelerator, is one, so a second reader would reset the first one's. Hence the lock
+below, for all, and the refusal to start under somebody else's profiler.
 
 NOTE [frees of older blocks]
 The profiler knows the size of a block only if it watched the allocation. The free of an older block is not reported at all, or, if
@@ -22,14 +27,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _EventType
 from torch.autograd import profiler
 
+from chunkft_compile.runtime.allocators import Allocator, install
 from chunkft_compile.runtime.garbage import uncollected
+from chunkft_compile.runtime.native import BuildError
 
 _SPAN = "chunkft_compile.measure_calls"
 _TIMED_RUNS = 2
@@ -50,10 +57,10 @@ class PeakMeter:
 
     After the block, `peak_nbytes` is that maximum (never below 0) and `end_nbytes` is live at exit minus live at entry.
 
-    CPU: exact if everything freed inside was also allocated inside, else both are upper bounds, because frees of older blocks are not
-    seen. Neither are other threads (backward runs on this one): enter and leave on one thread. numpy, shared memory and mapped
-    files are not allocator memory.
-    Accelerator: it is synchronised at both ends and its peak statistics are reset; all threads count, and so do frees of older blocks.
+    Everything counts, on all threads, and frees of older blocks make room. numpy, shared memory and mapped files are not allocator memory.
+    An accelerator is synchronised at both ends and its peak statistics are reset.
+    A CPU without a compiler: both figures are upper bounds if something older is freed inside, because such frees are not seen, and neither
+    are other threads: enter and leave on one.
     Meters do not nest and do not run under a torch profiler: both raise RuntimeError.
     """
 
@@ -66,18 +73,19 @@ class PeakMeter:
     def __enter__(self) -> Self:
         with ExitStack() as opening:
             opening.enter_context(_alone())
-            if self._device.type == "cpu":
+            self._statistics = _statistics_of(self._device)
+            if self._statistics is None:
                 self._record = opening.enter_context(_recording())
             else:
-                self._entry_nbytes = _reset_accelerator(self._device)
+                self._entry_nbytes = self._statistics.reset()
             self._open = opening.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._open:
-            if self._device.type != "cpu":
-                self.peak_nbytes, self.end_nbytes = _read_accelerator(self._device, self._entry_nbytes)
-        if self._device.type == "cpu":
+            if self._statistics is not None:
+                self.peak_nbytes, self.end_nbytes = self._statistics.extent(self._entry_nbytes)
+        if self._statistics is None:
             self.peak_nbytes, self.end_nbytes = _extent([change.nbytes for change in self._record.changes])
 
 
@@ -85,14 +93,15 @@ def measure_calls(calls: Sequence[Callable[[], object]], device: torch.device | 
     """Memory and wall seconds of each call, in order. Each runs four times: to warm up, for its memory, and twice for its time.
 
     Calls must be repeatable. What they return counts in `end_nbytes` and is dropped before the next one starts. `seconds` is the
-    better of two runs outside the profiler. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring, for it
+    better of two further runs. The limits of `PeakMeter` apply; the cyclic garbage collector is off while measuring, for it
     would free older tensors in the middle of a call and take time there, and random generators are put back afterwards.
     """
     device = _measurable(device)
     with _alone(), uncollected(), _same_randomness(device):
         for call in calls:
             call()
-        extents = _cpu_extents(calls) if device.type == "cpu" else [_accelerator_extent(call, device) for call in calls]
+        statistics = _statistics_of(device)
+        extents = _profiled_extents(calls) if statistics is None else [_extent_of(call, statistics) for call in calls]
         seconds = [min(_timed(call, device) for _ in range(_TIMED_RUNS)) for call in calls]
     return [CallCost(peak, end, s) for (peak, end), s in zip(extents, seconds, strict=True)]
 
@@ -173,7 +182,7 @@ def _extent(changes: Sequence[int]) -> tuple[int, int]:
     return peak, live
 
 
-def _cpu_extents(calls: Sequence[Callable[[], object]]) -> list[tuple[int, int]]:
+def _profiled_extents(calls: Sequence[Callable[[], object]]) -> list[tuple[int, int]]:
     """Peak and end of each call, from one profiler session: starting one costs more than most calls."""
     with _recording() as record:
         for call in calls:
@@ -186,26 +195,61 @@ def _cpu_extents(calls: Sequence[Callable[[], object]]) -> list[tuple[int, int]]
     return [_extent([change.nbytes for change in record.changes[window]]) for window in windows]
 
 
-def _accelerator_extent(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    entry_nbytes = _reset_accelerator(device)
+class _Statistics(Protocol):
+    """Live bytes and their peak, as an allocator keeps them."""
+
+    def reset(self) -> int:
+        """Start a new peak; the bytes live now."""
+        ...
+
+    def extent(self, entry_nbytes: int) -> tuple[int, int]:
+        """Peak and end relative to `entry_nbytes`."""
+        ...
+
+
+class _AcceleratorStatistics:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> int:
+        _synchronize(self._device)
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        return torch.accelerator.memory_allocated(self._device)
+
+    def extent(self, entry_nbytes: int) -> tuple[int, int]:
+        _synchronize(self._device)
+        peak, live = torch.accelerator.max_memory_allocated(self._device), torch.accelerator.memory_allocated(self._device)
+        return peak - entry_nbytes, live - entry_nbytes
+
+
+class _HookStatistics:
+    def __init__(self, hook: Allocator) -> None:
+        self._hook = hook
+
+    def reset(self) -> int:
+        self._hook.metered.reset()
+        return self._hook.live()
+
+    def extent(self, entry_nbytes: int) -> tuple[int, int]:
+        return self._hook.metered.nbytes() - entry_nbytes, self._hook.live() - entry_nbytes
+
+
+def _statistics_of(device: torch.device) -> _Statistics | None:
+    """Those of the device's allocator; None where it keeps none."""
+    if device.type != "cpu":
+        return _AcceleratorStatistics(device)
+    try:
+        return _HookStatistics(install())
+    except BuildError:
+        return None
+
+
+def _extent_of(call: Callable[[], object], statistics: _Statistics) -> tuple[int, int]:
+    entry_nbytes = statistics.reset()
     result = call()
-    extent = _read_accelerator(device, entry_nbytes)
+    extent = statistics.extent(entry_nbytes)
     del result
     return extent
-
-
-def _reset_accelerator(device: torch.device) -> int:
-    """Start a new peak; the bytes live now."""
-    _synchronize(device)
-    torch.accelerator.reset_peak_memory_stats(device)
-    return torch.accelerator.memory_allocated(device)
-
-
-def _read_accelerator(device: torch.device, entry_nbytes: int) -> tuple[int, int]:
-    """Peak and end relative to `entry_nbytes`."""
-    _synchronize(device)
-    peak, live = torch.accelerator.max_memory_allocated(device), torch.accelerator.memory_allocated(device)
-    return peak - entry_nbytes, live - entry_nbytes
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

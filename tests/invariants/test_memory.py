@@ -108,6 +108,22 @@ def test_codes_that_inductor_compiled_hold_the_prediction(allocator: Allocator, 
         assert step.measured <= step.predicted <= lab.budget
 
 
+def test_what_operators_take_on_two_threads_is_predicted(allocator: Allocator) -> None:
+    """The backward of attention takes a row of sums on each thread, see `runtime/meter.py`."""
+    long = Case(
+        "llama",
+        functools.partial(llama, max_position_embeddings=128, hidden_size=64, intermediate_size=4),
+        functools.partial(token_batch, rows=2, tokens=128),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for step in Lab(allocator, long, 20.0).sweeps(2):
+            assert step.measured <= step.predicted
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextlib.contextmanager
 def _capped(hook: Allocator, nbytes: int) -> Iterator[None]:
     hook.cap(nbytes)

@@ -1,8 +1,9 @@
-"""The meter against the exact allocator hook, to the byte, and what it refuses."""
+"""The meter against the exact allocator hook, to the byte, with and without it; and what it refuses."""
 
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import profiler
 
+from chunkft_compile.runtime import meter as meter_module
 from chunkft_compile.runtime.meter import CallCost, PeakMeter, measure_calls
+from chunkft_compile.runtime.native import BuildError
 from tests.support.allocator import Allocator, allocator_or_skip
 
 Call = Callable[[], object]
@@ -20,6 +23,22 @@ KIB = 1024
 @pytest.fixture
 def allocator() -> Allocator:
     return allocator_or_skip()
+
+
+@pytest.fixture
+def profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+
+    def refuse() -> Allocator:
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr(meter_module, "install", refuse)
+
+
+@pytest.fixture(params=["hook", "profiler"])
+def either(request: pytest.FixtureRequest) -> None:
+    """With the hook, and without."""
+    request.getfixturevalue("allocator" if request.param == "hook" else "profiled")
 
 
 def _hidden_temporaries() -> dict[str, Call]:
@@ -67,6 +86,7 @@ def _hooked(call: Call, allocator: Allocator) -> tuple[int, int]:
     return peak, end
 
 
+@pytest.mark.usefixtures("either")
 def test_calls_agree_with_the_hook_to_the_byte(allocator: Allocator) -> None:
     calls = _hidden_temporaries()
     costs = measure_calls(list(calls.values()), "cpu")
@@ -75,6 +95,7 @@ def test_calls_agree_with_the_hook_to_the_byte(allocator: Allocator) -> None:
     }
 
 
+@pytest.mark.usefixtures("either")
 def test_known_sizes() -> None:
     half = torch.zeros(256, 512, dtype=torch.bfloat16)
     mean, view, twice = measure_calls([lambda: half.mean(-1), lambda: half.view(-1), lambda: (half + 1).float()], torch.device("cpu"))
@@ -91,6 +112,7 @@ def test_results_are_dropped_between_calls(allocator: Allocator) -> None:
     assert allocator.live() == before
 
 
+@pytest.mark.usefixtures("either")
 def test_a_call_may_free_what_an_earlier_call_made() -> None:
     kept: list[torch.Tensor] = []
     grow, shrink = measure_calls([lambda: kept.append(torch.empty(KIB, dtype=torch.uint8)), kept.clear], "cpu")
@@ -108,6 +130,7 @@ def test_no_calls() -> None:
     assert measure_calls([], "cpu") == []
 
 
+@pytest.mark.usefixtures("either")
 def test_meter_agrees_with_the_hook_over_training_steps(allocator: Allocator) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -124,7 +147,8 @@ def test_meter_agrees_with_the_hook_over_training_steps(allocator: Allocator) ->
         assert (meter.peak_nbytes, meter.end_nbytes) == (allocator.peak() - before, allocator.live() - before)
 
 
-def test_frees_of_older_blocks_make_no_room() -> None:
+@pytest.mark.usefixtures("profiled")
+def test_without_the_hook_frees_of_older_blocks_make_no_room() -> None:
     older = torch.empty(4 * KIB, dtype=torch.uint8)
     with PeakMeter("cpu") as meter:
         del older
@@ -132,6 +156,7 @@ def test_frees_of_older_blocks_make_no_room() -> None:
     assert (meter.peak_nbytes, meter.end_nbytes, newer.nbytes) == (KIB, KIB, KIB)
 
 
+@pytest.mark.usefixtures("profiled")
 def test_an_address_an_earlier_session_saw_does_not_confuse() -> None:
     nbytes = 4 * KIB * KIB
     matches = 0
@@ -149,15 +174,48 @@ def test_an_address_an_earlier_session_saw_does_not_confuse() -> None:
         pytest.skip("the system allocator did not hand out the same address again")
 
 
-def test_other_threads_are_not_seen() -> None:
+def test_with_the_hook_frees_of_older_blocks_make_room(allocator: Allocator) -> None:
+    older = torch.empty(4 * KIB, dtype=torch.uint8)
+    with PeakMeter("cpu") as meter:
+        del older
+        newer = torch.empty(KIB, dtype=torch.uint8)
+    assert (meter.peak_nbytes, meter.end_nbytes, newer.nbytes) == (0, -3 * KIB, KIB)
+
+
+def _on_another_thread() -> tuple[int, int]:
+    """Peak and end of a KiB that another thread makes and keeps."""
     kept: list[torch.Tensor] = []
     with PeakMeter("cpu") as meter:
-        thread = threading.Thread(target=lambda: kept.append(torch.empty(KIB)))
+        thread = threading.Thread(target=lambda: kept.append(torch.empty(KIB, dtype=torch.uint8)))
         thread.start()
         thread.join()
-    assert (meter.peak_nbytes, meter.end_nbytes) == (0, 0)
+    return meter.peak_nbytes, meter.end_nbytes
 
 
+def test_the_hook_sees_other_threads(allocator: Allocator) -> None:
+    assert _on_another_thread() == (KIB, KIB)
+
+
+@pytest.mark.usefixtures("profiled")
+def test_the_profiler_does_not_see_other_threads() -> None:
+    assert _on_another_thread() == (0, 0)
+
+
+def test_what_operators_take_on_their_threads_counts(allocator: Allocator) -> None:
+    """Each thread of the backward of attention allocates, see NOTE [threads of operators]."""
+    q, k, v = (torch.randn(1, 9, 256, 64) for _ in range(3))
+    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    call = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, q, q, k, v, out, logsumexp, 0.0, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        (cost,) = measure_calls([call], "cpu")
+        assert (cost.peak_nbytes, cost.end_nbytes) == _hooked(call, allocator)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("either")
 def test_measurements_do_not_nest() -> None:
     with PeakMeter("cpu") as outer:
         with pytest.raises(RuntimeError, match="do not nest"), PeakMeter("cpu"):
@@ -176,6 +234,7 @@ def test_a_running_profiler_is_refused_and_left_alone() -> None:
     assert any(event.name == "aten::empty" for event in running.function_events)
 
 
+@pytest.mark.usefixtures("profiled")
 def test_a_profiler_started_inside_is_noticed() -> None:
     def profiled() -> None:
         with profiler.profile():
@@ -189,13 +248,14 @@ def test_a_profiler_started_inside_is_noticed() -> None:
     assert [cost.peak_nbytes for cost in measure_calls([lambda: None], "cpu")] == [0]
 
 
+@pytest.mark.usefixtures("either")
 def test_a_failing_block_or_call_leaves_the_meter_usable() -> None:
     def fail() -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"), PeakMeter("cpu"):
         fail()
-    runs = iter([None])  # the second run, under the profiler, fails
+    runs = iter([None])  # the second run, which is measured, fails
     with pytest.raises(StopIteration):
         measure_calls([lambda: next(runs)], "cpu")
     assert [cost.peak_nbytes for cost in measure_calls([lambda: None], "cpu")] == [0]
