@@ -1,34 +1,37 @@
 """What compiling costs by depth: CPU seconds of `compile` and `model.plan`, and of their parts.
 
     python -m benchmarks.depth                          # Llamas of 4, 12 and 32 layers
+    python -m benchmarks.depth --backend inductor       # and what Inductor takes for the codes of a sweep
     python -m benchmarks.depth --layers 12 48 --repeats 1
     python -m benchmarks.depth --full                   # every layer is traced, as where layers are not equal
 
 Every figure is that of a process of its own which has compiled a small model before, so that imports and what torch makes once do not
-count; of several repeats it is the one with the least total. "copied" are the layers that were not traced. Operators are measured anew.
+count; of several repeats it is the one with the least total. "copied" are the layers that were not traced. Operators are measured anew, and
+Inductor's caches are empty; what it takes is that of one sweep, with the C++ compiler, which it starts in one process after the other.
 """
 
 import argparse
 import importlib
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import circumstances, cpu_seconds, run_alone
+from benchmarks.common import Batch, circumstances, run_alone, train_step
 from chunkft_compile import compile
+from chunkft_compile.module import ChunkedModule
 from chunkft_compile.runtime.chunks import storage_nbytes
 
+Backend = Literal["eager", "inductor"]
 TOKENS, HIDDEN, VOCABULARY, SHARE = 64, 256, 4000, 1.5
 PARTS = {
     "capture": "making.capture_shallow",
@@ -40,6 +43,7 @@ PARTS = {
     "planner": "solving.plans",
     "- CP-SAT": "planner.planning.solve",
     "exact programs": "compiled.Compiled.exact",
+    "Inductor": "inductor.Inductor.calls",
 }
 """Where the function of each part is looked up; those with a dash are part of the one above."""
 
@@ -60,19 +64,24 @@ def build_model(layers: int) -> nn.Module:
     return model
 
 
-def compile_and_plan(plain: nn.Module) -> None:
+def compile_and_plan(plain: nn.Module, backend: Backend) -> tuple[ChunkedModule, Optimizer]:
     """What is measured."""
-    model = compile(plain, int(SHARE * storage_nbytes(list(plain.parameters()))))
+    model = compile(plain, int(SHARE * storage_nbytes(list(plain.parameters()))), backend=backend)
     optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)  # the plan looks for it
-    ids = torch.zeros(1, TOKENS, dtype=torch.long)
-    model.plan(input_ids=ids, labels=ids)
-    del optimizer
+    model.plan(**_batch())
+    return model, optimizer
 
 
-def measure(layers: int, *, full: bool) -> dict[str, float]:
+def measure(layers: int, *, full: bool, backend: Backend) -> dict[str, float]:
     """CPU seconds of every part, and how many layers were copied."""
+    with TemporaryDirectory() as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        return _measure(layers, full=full, backend=backend)
+
+
+def _measure(layers: int, *, full: bool, backend: Backend) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
-    compile_and_plan(build_model(2))
+    train_step(*compile_and_plan(build_model(2), backend), _batch())
     plain = build_model(layers)
     with ExitStack() as patches:
         if full:
@@ -80,15 +89,30 @@ def measure(layers: int, *, full: bool) -> dict[str, float]:
         for part, where in PARTS.items():
             owner, name = _resolve(where)
             patches.enter_context(mock.patch.object(owner, name, _timed(seconds, part, getattr(owner, name))))
-        total = cpu_seconds(partial(compile_and_plan, plain))
-    return {"copied": seconds["copied"], "total": total} | {part: seconds[part] for part in PARTS}
+        start = _cpu_seconds()
+        model, optimizer = compile_and_plan(plain, backend)
+        total = _cpu_seconds() - start
+        while backend == "inductor" and model.progress.sweep == 0:
+            train_step(model, optimizer, _batch())
+    return {"copied": seconds["copied"], "total": total + seconds["Inductor"]} | {part: seconds[part] for part in PARTS}
+
+
+def _batch() -> Batch:
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those it has started and waited for: C++ compilers are."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _timed(seconds: dict[str, float], part: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.process_time()
+        start = _cpu_seconds()
         result = function(*args, **kwargs)
-        seconds[part] += time.process_time() - start
+        seconds[part] += _cpu_seconds() - start
         if part == "capture":
             seconds["copied"] = result.copied
         return result
@@ -109,6 +133,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Which depths, and how often."""
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32], help="depths (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each depth (default: %(default)s)")
+    parser.add_argument("--backend", choices=get_args(Backend), default="eager", help="of the compiled model (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="trace every layer")
 
 
@@ -117,15 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()
-    os.environ["CHUNKFT_CACHE"] = "0"
-    found = {
-        layers: min((run_alone(measure, layers, full=options.full) for _ in range(options.repeats)), key=lambda one: one["total"])
-        for layers in options.layers
-    }
-    names = ["copied", "total", *PARTS]
+    os.environ |= {"CHUNKFT_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+    def run(layers: int) -> dict[str, float]:
+        return run_alone(measure, layers, full=options.full, backend=options.backend)
+
+    found = {layers: min((run(layers) for _ in range(options.repeats)), key=lambda one: one["total"]) for layers in options.layers}
+    names = ["copied", "total", *(part for part in PARTS if options.backend == "inductor" or part != "Inductor")]
     rows = [[name, *(f"{one[name]:.0f}" if name == "copied" else f"{one[name]:.2f}" for one in found.values())] for name in names]
     print(tabulate(rows, headers=["CPU seconds", *(f"{layers} layers" for layers in found)], disable_numparse=True, stralign="right"))
-    shape = f"Llama n x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch 1 x {TOKENS}, budget {SHARE} x weights"
+    shape = f"Llama n x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch 1 x {TOKENS}, budget {SHARE} x weights, {options.backend}"
     print(circumstances(f"{shape}; least of {options.repeats}"))
 
 

@@ -9,7 +9,7 @@ from chunkft_compile.planner.problem import Step
 _HALVINGS = 6  # of the room between the base and the budget: to a percent or two
 
 
-def levelled_steps(ground: Ground, count: int, shares: Sequence[float] = (0.0, 0.5)) -> Iterator[tuple[Step, ...]]:
+def levelled_steps(ground: Ground, count: int, shares: Sequence[float]) -> Iterator[tuple[Step, ...]]:
     """Greedy sweeps of at most `count` steps that leave room for state: in the smallest budget with so many steps, and above.
 
     Greedy fills its first steps to the brim, and state that stays must fit beside the fullest. `shares` are those of what lies

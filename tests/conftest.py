@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from chunkft_compile.capture import Capture, capture_symbolic
 from chunkft_compile.costs import OperatorCosts
 from chunkft_compile.lowering import Lowering
+from chunkft_compile.planner import cpsat
 from chunkft_compile.runtime.allocators import install
 from chunkft_compile.runtime.native import BuildError
 from chunkft_compile.segments import Segment
@@ -114,6 +115,14 @@ def _no_cache_on_disk() -> Iterator[None]:
         install()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHUNKFT_CACHE", "0")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_clock_in_searches() -> Iterator[None]:
+    """A search ends by the work done: how busy the machine is does not decide what a test sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpsat, "WALL_FACTOR", 50.0)
         yield
 
 
