@@ -32,9 +32,12 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:
     optimizer.zero_grad()
 
 
-def compile_model(model: nn.Module, budget: str | int, update: str = "held", backend: str = "eager") -> chunkft_compile.ChunkedModule:
-    """`chunkft_compile.compile`; HELD updates are its default and are not asked for."""
+def compile_model(
+    model: nn.Module, budget: str | int, update: str = "held", backend: str = "eager", *, resident: bool = False
+) -> chunkft_compile.ChunkedModule:
+    """`chunkft_compile.compile`; HELD updates are its default and are not asked for. `resident` weights stay on the device."""
     options: dict[str, Any] = {"backend": backend} | ({} if update == "held" else {"update": update})
+    options |= {"weights": ["device"]} if resident else {}
     return chunkft_compile.compile(model, budget=budget, **options)
 
 

@@ -115,10 +115,21 @@ class Rotation:
 
 
 class Ours:
-    """The compiled model in the ordinary loop; optimizer state in a file."""
+    """The compiled model in the ordinary loop; optimizer state in a file, and weights where the plan wants them or all on the device."""
 
-    def __init__(self, layers: int, budget_nbytes: int, update: str, *, fused: bool, dtype: str = "fp32", backend: str = "eager") -> None:
-        self.model: chunkft_compile.ChunkedModule = compile_model(build_model(layers, dtype), budget_nbytes, update, backend)
+    def __init__(
+        self,
+        layers: int,
+        budget_nbytes: int,
+        update: str,
+        *,
+        fused: bool,
+        dtype: str = "fp32",
+        backend: str = "eager",
+        resident: bool = False,
+    ) -> None:
+        plain = build_model(layers, dtype)
+        self.model: chunkft_compile.ChunkedModule = compile_model(plain, budget_nbytes, update, backend, resident=resident)
         self._optimizer = AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=fused)
 
     @property

@@ -29,6 +29,7 @@ class Entry:
     fused: bool = True
     dtype: str = "fp32"
     backend: str = "eager"
+    resident: bool = False
 
     @property
     def hides_operators(self) -> bool:
@@ -39,7 +40,15 @@ class Entry:
         """Its model, optimizers and loop."""
         if not self.budget_nbytes:
             return RIVALS[self.name](self.layers, self.dtype)
-        return Ours(self.layers, self.budget_nbytes, self.update, fused=self.fused, dtype=self.dtype, backend=self.backend)
+        return Ours(
+            self.layers,
+            self.budget_nbytes,
+            self.update,
+            fused=self.fused,
+            dtype=self.dtype,
+            backend=self.backend,
+            resident=self.resident,
+        )
 
 
 @dataclass(frozen=True)

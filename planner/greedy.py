@@ -15,15 +15,19 @@ from chunkft_compile.planner.options import best_step, fits
 from chunkft_compile.planner.problem import Chunk, Problem, Step
 
 
-def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step, ...] | None:
-    """Steps that train every chunk once, deepest first; None where some chunk does not fit even alone.
+def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
+    """Steps that train every chunk once, deepest first; None where some chunk does not fit even alone."""
+    budget_nbytes = ground.problem.budget_nbytes
+    bins = greedy_bins(ground, budget_nbytes)
+    return steps_of(ground, bins, budget_nbytes) if bins is not None else None
 
-    `budget_nbytes` is the budget of the problem unless given.
+
+def greedy_bins(ground: Ground, budget_nbytes: int, most: int | None = None) -> list[list[int]] | None:
+    """The chunks of each step, in the order in which steps were opened.
+
+    None where some chunk does not fit even alone, or there would be more than `most` steps.
     """
-    problem, budget = ground.problem, budget_nbytes or ground.problem.budget_nbytes
-    different = {(c.segment, c.first, c.grad_nbytes, ground.update_nbytes[index]): index for index, c in enumerate(problem.chunks)}
-    if not all(fits(ground, [index], budget) for index in different.values()):
-        return None
+    problem = ground.problem
     bins: list[list[int]] = []
     full: set[tuple[int, Chunk]] = set()  # bins only grow, so what did not fit once never will
     order = sorted(range(len(problem.chunks)), key=lambda index: _rank(problem, index))
@@ -31,17 +35,19 @@ def greedy_steps(ground: Ground, budget_nbytes: int | None = None) -> tuple[Step
         left = list(group)
         for number in _fullest_first(problem, bins):
             if left and (number, sort) not in full:
-                count = _most(ground, bins[number], left, budget)
+                count = _most(ground, bins[number], left, budget_nbytes)
                 bins[number] += left[:count]
                 left = left[count:]
                 if left:
                     full.add((number, sort))
         while left:
-            count = _most(ground, [], left, budget)
+            count = _most(ground, [], left, budget_nbytes)
+            if not count or len(bins) == most:
+                return None
             full.add((len(bins), sort))
             bins.append(left[:count])
             left = left[count:]
-    return steps_of(ground, bins, budget)
+    return bins
 
 
 def _most(ground: Ground, chunks: Sequence[int], equal: Sequence[int], budget_nbytes: int) -> int:

@@ -1,11 +1,11 @@
 """The best options for given chunks: exact, by carrying the Pareto front of (saved bytes, time) upwards through the segments."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from chunkft_compile.planner.bounds import arriving_below, depth_of, gradients_at, held_update, peak_of, roles_of, waiting_nbytes, windows
 from chunkft_compile.planner.grounds import Ground
-from chunkft_compile.planner.problem import Cost, Role, Step, Update
+from chunkft_compile.planner.problem import Demand, Role, Step, Update
 from chunkft_compile.planner.times import segment_us, step_us, work_of
 
 # How many (saved bytes, time) points `choose_options` keeps per segment. Fronts of real models (a few kinds, a few options)
@@ -39,11 +39,14 @@ def _fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Upd
     """Whether `choose_options` finds any. Of the options that fit, the one that saves the fewest bytes is enough."""
     limits = _limits(ground, chunks, budget_nbytes, update)
     saved = 0
-    for limit in limits or ():
-        if saved > limit.updating:
+    for _, demands, entering, leaving, updating in limits or ():
+        if saved > updating:
             return False
-        least = min((cost.saved_nbytes for cost in limit.costs if saved <= limit.saved_below(cost)), default=None)
-        if least is None:
+        least = -1
+        for _, own, forward, backward in demands:
+            if saved + forward <= entering and saved + backward <= leaving and not 0 <= least <= own:
+                least = own
+        if least < 0:
             return False
         saved += least
     return limits is not None
@@ -77,35 +80,27 @@ def choose_options(
         return None
     work = work_of(ground, chunks, update)
     front: list[_Point] = [(0, 0, None)]
-    for s, limit in enumerate(limits):
-        front = [point for point in front if point[0] <= limit.updating]
+    for s, (role, demands, entering, leaving, updating) in enumerate(limits):
+        front = [point for point in front if point[0] <= updating]
         grown: list[_Point] = []
-        for cost in limit.costs:
-            most = limit.saved_below(cost)
-            us = segment_us(ground, s, cost, limit.role, work)
-            grown += [(p[0] + cost.saved_nbytes, p[1] + us, (p[2], cost.option)) for p in front if p[0] <= most]
+        for cost, saved, forward, backward in demands:
+            most = min(entering - forward, leaving - backward)
+            us = segment_us(ground, s, cost, role, work)
+            grown += [(p[0] + saved, p[1] + us, (p[2], cost.option)) for p in front if p[0] <= most]
         front = _thinned(_pareto(grown), points)
         if not front:
             return None
     return _names(front[-1][2])
 
 
-@dataclass(frozen=True, slots=True)
-class _Limit:
-    """What one segment leaves for bytes saved below it: at its forward, at its backward (less its own), and at its updates."""
+class _Limit(NamedTuple):
+    """What one segment leaves for bytes saved below it: at its forward, at its backward, and at its updates."""
 
     role: Role
-    costs: tuple[Cost, ...]
+    demands: tuple[Demand, ...]
     entering: int
     leaving: int
     updating: int
-
-    def saved_below(self, cost: Cost) -> int:
-        """The most bytes that may be saved below the segment for it to run with this option."""
-        most = self.entering - cost.forward_peak_nbytes
-        if self.role is Role.FROZEN:
-            return most
-        return min(most, self.leaving - cost.saved_nbytes - cost.backward_peak_nbytes - cost.offloaded_nbytes)
 
 
 def _limits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Update) -> list[_Limit] | None:
@@ -119,7 +114,7 @@ def _limits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: U
     return [
         _Limit(
             role,
-            problem.costs(s, role),
+            problem.kinds[segment.kind].demands[role],
             room - waiting - segment.entry_nbytes,
             room - segment.arriving_nbytes - gradients[s],
             room - gradients[s] - window[s] - arriving_below(problem, s, depth) if window[s] >= 0 else room,

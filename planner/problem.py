@@ -34,9 +34,11 @@ run while its neighbour of the same kind computes.
     update      HELD: update_us of all chunks; state there and back, weights there and back where they are away
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 
 class Role(StrEnum):
@@ -115,7 +117,19 @@ class Cost:
             raise ValueError(f"option {self.option!r} has a negative cost: {sizes}")
 
 
-@dataclass(frozen=True, slots=True)
+class Demand(NamedTuple):
+    """What an option asks of the bytes saved below its segment: it saves some more, and its forward and its backward need so many beside.
+
+    Those of the backward contain what it saves itself. A frozen segment has none.
+    """
+
+    cost: Cost
+    saved_nbytes: int
+    forward_nbytes: int
+    backward_nbytes: int
+
+
+@dataclass(frozen=True)
 class Kind:
     """Segments with the same graph share one kind: the options of each role, at least one each, no two of one name."""
 
@@ -131,6 +145,11 @@ class Kind:
             names = [cost.option for cost in self.options(role)]
             if len(set(names)) < len(names):
                 raise ValueError(f"two options of the role {role} share a name: {names}")
+
+    @cached_property
+    def demands(self) -> Mapping[Role, tuple[Demand, ...]]:
+        """The demands of the options of each role; searches ask for them millions of times."""
+        return {role: tuple(_demand(cost, role) for cost in self.options(role)) for role in Role}
 
     @property
     def costs(self) -> tuple[Cost, ...]:
@@ -148,6 +167,11 @@ class Kind:
                 return self.active
             case Role.LAST:
                 return self.last
+
+
+def _demand(cost: Cost, role: Role) -> Demand:
+    backward = cost.saved_nbytes + cost.backward_peak_nbytes + cost.offloaded_nbytes if role is not Role.FROZEN else -(1 << 62)
+    return Demand(cost, cost.saved_nbytes, cost.forward_peak_nbytes, backward)
 
 
 @dataclass(frozen=True, slots=True)

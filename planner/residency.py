@@ -1,5 +1,6 @@
 """Which optimizer state stays on the device between the steps of its chunk, and what moving the rest costs."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,12 @@ class _Moment:
 
     chunks: tuple[int, ...]
     rest_nbytes: int
-    window_nbytes: int
+    windows: list[int]  # of each chunk, ascending
+
+    @property
+    def window_nbytes(self) -> int:
+        """The largest."""
+        return self.windows[-1]
 
 
 def place_state(problem: Problem, steps: Sequence[Step], weights: tuple[Placement, ...]) -> Places:
@@ -34,11 +40,15 @@ def place_state(problem: Problem, steps: Sequence[Step], weights: tuple[Placemen
     kept_nbytes = 0
     for index in sorted(set(range(len(problem.chunks))) - resident, key=lambda index: (-problem.chunks[index].state_nbytes, index)):
         total, own = kept_nbytes + problem.chunks[index].state_nbytes, moment_of[index]
-        window = max((whole if i in resident or i == index else ground).update_nbytes[i] for i in own.chunks)
         others = max((m.rest_nbytes + m.window_nbytes for m in moments if m is not own), default=0)
-        if total + max(calls_nbytes, others, own.rest_nbytes + window) <= problem.budget_nbytes:
+        del own.windows[bisect_left(own.windows, ground.update_nbytes[index])]
+        insort(own.windows, whole.update_nbytes[index])
+        if total + max(calls_nbytes, others, own.rest_nbytes + own.window_nbytes) <= problem.budget_nbytes:
             resident.add(index)
-            kept_nbytes, own.window_nbytes = total, window
+            kept_nbytes = total
+        else:
+            del own.windows[bisect_left(own.windows, whole.update_nbytes[index])]
+            insort(own.windows, ground.update_nbytes[index])
     return spread(problem, weights, resident)
 
 
@@ -56,8 +66,8 @@ def _moments(ground: Ground, step: Step) -> list[_Moment]:
         groups = [tuple(index for index in step.chunks if ground.problem.chunks[index].segment == s) for s in segments]
     found = []
     for load, chunks in zip(updates, groups, strict=True):
-        window = max(ground.update_nbytes[index] for index in chunks)
-        found.append(_Moment(chunks, load.nbytes - window, window))
+        windows = sorted(ground.update_nbytes[index] for index in chunks)
+        found.append(_Moment(chunks, load.nbytes - windows[-1], windows))
     return found
 
 
