@@ -8,6 +8,11 @@ predecessor, and not where one does something else: a window of its own, a scale
 What the model does outside of its blocks, and its outputs, must be the same in both runs. Then tracing the deep model would give the graph
 of the shallow one with its middle block repeated, for tracing sees these calls and no others: code that asks whether it is being traced is
 told so in these runs, too. Where anything is in doubt, there is no proof.
+
+NOTE [what need not be asked]
+Most of the time of a run is what fake tensors take to find the layout of a result, and that follows from the operator and the layouts
+of its arguments. So where a block calls what the one before has called, with arguments from the same places, and the results of the two
+blocks before are laid out alike, the result is made as it was there: in a storage of its own, or as a view of the same argument.
 """
 
 import contextlib
@@ -20,19 +25,22 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-# Private (2.13.0): there is no public way to see the operators that a model calls.
+# Private (2.13.0): there is no public way to see the operators that a model calls, nor to make a fake tensor in a given storage.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from chunkft_compile.stacks import Stack
 
 logger = logging.getLogger(__name__)
+
+_DEVICE = torch.ops.prim.device.default
+_WITH = 4  # entries of a row that say what is called with what; those behind are about its results
 
 FEW, MORE = 4, 5
 """Blocks that are traced where all are equal: the first (next to what stands before), two that show how one follows another, the last.
@@ -46,6 +54,13 @@ _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device,
 
 class _Doubt(Exception):
     """There is no proof, and why."""
+
+
+class _Made(NamedTuple):
+    """How the one result of a call was made: like this one, in a storage of its own or in that of an argument, by its number."""
+
+    like: FakeTensor
+    argument: int | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, depth: int, named: Mapping[int, tuple[int | None, object]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.parts: list[list[object]] = [[] for _ in range(depth + 2)]  # before the blocks, each block, behind them
+        self.parts: list[list[list[object]]] = [[] for _ in range(depth + 2)]  # before the blocks, each block, behind them
         self.tensors: list[torch.Tensor] = []
         self.have_common = False  # whether blocks read a trained value that none of them made
         self._depth = depth
@@ -71,12 +86,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._named = named
         self._places: dict[int, _Place] = {}
         self._results: list[tuple[list[object], torch.Tensor]] = []
+        self._made: dict[tuple[int, int], _Made] = {}  # by part and row
+        self._follows = False  # whether the block that runs does what the one before has done, so far
 
     def enter(self, block: int) -> None:
         """A block begins."""
         if self._inside or block != self._part:
             raise _Doubt(f"block {block} runs where block {self._part} should")
         self._inside, self._part = True, block + 1
+        self._follows = block > 1 and _layouts(self.parts[block]) == _layouts(self.parts[block - 1])
 
     def leave(self, block: int) -> None:
         """It ends."""
@@ -87,14 +105,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # a question, such as for the device: what follows from the answer is compared
-            return func(*args, **kwargs)
+            return args[0].fake_device if func is _DEVICE and isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         if not self._inside and 0 < self._part <= self._depth:
             if self._part < self._depth:
                 raise _Doubt(f"{func} is called between block {self._part - 1} and the next")
             self._part += 1
         row: list[object] = [str(func), torch.is_grad_enabled(), self._written(args), self._written(sorted(kwargs.items()))]
-        result = func(*args, **kwargs)
         rows = self.parts[self._part]
+        result = self._call(func, args, kwargs, row)
         for item, leaf in enumerate([result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result)):
             if not isinstance(leaf, torch.Tensor):
                 row.append(self._written(leaf))
@@ -104,6 +122,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._results.append((row, leaf))
             row.append(_layout(leaf))
         rows.append(row)
+        self._follows = self._follows and row == self.parts[self._part - 1][len(rows) - 1]
+        return result
+
+    def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], row: list[object]) -> Any:
+        """What a call gives, see NOTE [what need not be asked]. `row` says what is called with what."""
+        part, number = self._part, len(self.parts[self._part])
+        before = self.parts[part - 1]
+        if self._follows:
+            self._follows = self._inside and number < len(before) and before[number][:_WITH] == row
+        if self._follows and (made := self._made.get((part - 1, number))) is not None:
+            self._made[part, number] = made
+            return _make_again(made, args)
+        result = func(*args, **kwargs)
+        if self._inside and (found := _made_from(func, args, kwargs, result)) is not None:
+            self._made[part, number] = found
         return result
 
     def finish(self, outputs: Any) -> object:
@@ -166,6 +199,44 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return where, place.row, place.item
 
 
+def _layouts(rows: Sequence[Sequence[object]]) -> list[Sequence[object]]:
+    return [row[_WITH:] for row in rows]
+
+
+def _made_from(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Made | None:
+    """How a call has made its result; None where that is not so simple that `_make_again` could do it."""
+    read = _tensors_of(args)
+    plain = type(result) is FakeTensor and result.constant is None and result.layout is torch.strided
+    if not plain or func._schema.is_mutable or _tensors_of(list(kwargs.values())) or any(type(tensor) is not FakeTensor for tensor in read):
+        return None
+    storage = result.untyped_storage()
+    shared = [number for number, tensor in enumerate(read) if tensor.untyped_storage()._cdata == storage._cdata]
+    if any(tensor is result for tensor in read) or result.is_conj() or result.is_neg():
+        return None
+    made = _Made(result, shared[0] if shared else None)
+    own = shared or (result.storage_offset() == 0 and storage.nbytes() == _bare(made, read).untyped_storage().nbytes())
+    return made if own else None
+
+
+def _make_again(made: _Made, args: Sequence[Any]) -> FakeTensor:
+    return FakeTensor(made.like.fake_mode, _bare(made, _tensors_of(args)), made.like.fake_device)
+
+
+def _bare(made: _Made, read: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The memory behind a fake tensor: without any."""
+    like = made.like
+    with torch._C._DisableTorchDispatch():
+        if made.argument is None:
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+        storage = read[made.argument].untyped_storage()
+        return torch.empty(0, dtype=like.dtype, device="meta").set_(storage, like.storage_offset(), like.shape, like.stride())
+
+
+def _tensors_of(args: Sequence[Any]) -> list[torch.Tensor]:
+    """Those among arguments, and in lists of them."""
+    return [leaf for arg in args for leaf in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(leaf, torch.Tensor)]
+
+
 def _layout(tensor: torch.Tensor) -> object:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
@@ -198,7 +269,7 @@ def blocks_to_trace(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], st
 class _Run:
     """What was recorded: the calls before the blocks, of each block and behind them, and the outputs."""
 
-    parts: list[list[object]]
+    parts: list[list[list[object]]]
     outputs: object
     have_common: bool
 

@@ -3,9 +3,11 @@
 import functools
 import logging
 import random
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from benchmarks.zoo import ZOO, Entry
 from benchmarks.zoo.trial import attempt
+from chunkft_compile import likeness
 from chunkft_compile.capture import Capture, capture
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.shallow import capture_shallow
@@ -88,6 +91,8 @@ class Block(nn.Module):
                 y = y * 2
         if common is not None:
             y = y * common
+        if self.what == "a row more":
+            x, y = torch.cat([x, x[:1]]), torch.cat([y, y[1:2]])
         result: torch.Tensor = x + self.drop(y)
         return result
 
@@ -168,6 +173,7 @@ UNLIKE = {
     "constant by depth": "block 2 does not do the same",
     "another operator": "block 5 does not do the same",
     "no gradient": "block 4 does not do the same",
+    "a row more": "block 2 does not do the same",
     "count calls": "blocks change their buffers",
     "own backward": "has a backward of its own",
     "skip": "is called between block",
@@ -194,6 +200,28 @@ def test_all_blocks_are_traced_where_they_are_not_equal(what: str, caplog: pytes
     model.blocks[4].train(what != "another mode")
     assert _capture(model).copied == 0
     assert UNLIKE[what] in caplog.text
+
+
+@pytest.mark.parametrize("what", [*COPIED, *(what for what, why in UNLIKE.items() if why != "no stack")])
+def test_what_need_not_be_asked_is_as_if_asked(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See the note in `likeness`: the same rows, or the same doubt, where every call is made on fake tensors."""
+    again = Mock(wraps=likeness._make_again)
+    monkeypatch.setattr(likeness, "_make_again", again)
+    quick = _rows(what)
+    assert again.called == (what not in ("a row more", "calls forward", "skip", "weight of the first"))
+    monkeypatch.setattr(likeness, "_made_from", lambda *_: None)
+    assert quick == _rows(what)
+
+
+def _rows(what: str) -> object:
+    model = Tower(what).train()
+    stack = find_stack(model)
+    assert stack is not None
+    try:
+        run = likeness._record(model, lambda copied: copied, stack, [torch.zeros(2, WIDTH)], DEPTH)
+    except likeness._Doubt as doubt:
+        return re.sub(" at 0x[0-9a-f]+", "", str(doubt))
+    return run.parts, run.outputs
 
 
 def test_a_random_choice_in_python_is_seen(caplog: pytest.LogCaptureFixture) -> None:
