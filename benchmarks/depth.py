@@ -132,7 +132,7 @@ def _resolve(where: str) -> tuple[Any, str]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which depths, and how often."""
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32], help="depths (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each depth (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="processes for each depth (default: %(default)s)")
     parser.add_argument("--backend", choices=get_args(Backend), default="eager", help="of the compiled model (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="trace every layer")
 
@@ -143,11 +143,11 @@ def main() -> None:
     add_options(parser)
     options = parser.parse_args()
     os.environ |= {"CHUNKFT_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-
-    def run(layers: int) -> dict[str, float]:
-        return run_alone(measure, layers, full=options.full, backend=options.backend)
-
-    found = {layers: min((run(layers) for _ in range(options.repeats)), key=lambda one: one["total"]) for layers in options.layers}
+    runs: dict[int, list[dict[str, float]]] = {layers: [] for layers in options.layers}
+    for _ in range(options.repeats):
+        for layers, done in runs.items():  # in turns, so that all depths see the same machine
+            done.append(run_alone(measure, layers, full=options.full, backend=options.backend))
+    found = {layers: min(done, key=lambda one: one["total"]) for layers, done in runs.items()}
     names = ["copied", "total", *(part for part in PARTS if options.backend == "inductor" or part != "Inductor")]
     rows = [[name, *(f"{one[name]:.0f}" if name == "copied" else f"{one[name]:.2f}" for one in found.values())] for name in names]
     print(tabulate(rows, headers=["CPU seconds", *(f"{layers} layers" for layers in found)], disable_numparse=True, stralign="right"))

@@ -16,7 +16,7 @@ from chunkft_compile.planner.problem import Chunk, Problem, Step
 
 
 def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
-    """Steps that train every chunk once, deepest first; None where some chunk does not fit even alone."""
+    """Steps that train every chunk once, deepest first; None where some chunk fits neither beside others nor alone."""
     budget_nbytes = ground.problem.budget_nbytes
     bins = greedy_bins(ground, budget_nbytes)
     return steps_of(ground, bins, budget_nbytes) if bins is not None else None
@@ -25,7 +25,7 @@ def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
 def greedy_bins(ground: Ground, budget_nbytes: int, most: int | None = None) -> list[list[int]] | None:
     """The chunks of each step, in the order in which steps were opened.
 
-    None where some chunk does not fit even alone, or there would be more than `most` steps.
+    None where some chunk fits neither beside others nor alone, or there would be more than `most` steps.
     """
     problem = ground.problem
     bins: list[list[int]] = []
@@ -63,16 +63,16 @@ def _most(ground: Ground, chunks: Sequence[int], equal: Sequence[int], budget_nb
     return fitting
 
 
-def steps_of(ground: Ground, bins: Sequence[Sequence[int]], budget_nbytes: int) -> tuple[Step, ...] | None:
-    """The fastest steps over these sets of chunks, deepest first; None where one does not fit."""
-    if not all(fits(ground, sorted(chunks), budget_nbytes) for chunks in bins):  # much cheaper than the fastest step of each
-        return None
-    steps = []
+def steps_of(ground: Ground, bins: Sequence[Sequence[int]], budget_nbytes: int, most_us: int | None = None) -> tuple[Step, ...] | None:
+    """The fastest steps over these sets of chunks, deepest first; None where one does not fit, or they take more than `most_us`."""
+    steps: list[Step] = []
     for chunks in sorted(bins, key=lambda chunks: depth_of(ground.problem, chunks)):
         step = best_step(ground, sorted(chunks), budget_nbytes)
         if step is None:
             return None
         steps.append(step)
+        if most_us is not None and sum(step.us for step in steps) > most_us:
+            return None
     return tuple(steps)
 
 

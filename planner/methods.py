@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from chunkft_compile.planner.greedy import steps_of
 from chunkft_compile.planner.grounds import Ground
+from chunkft_compile.planner.options import fits
 from chunkft_compile.planner.problem import Kind, Placement, Problem, Step, Update
 
 Bins = list[list[int]]
@@ -124,15 +125,15 @@ def ingredients(name: str) -> str:
     return ", ".join([*(f"{what} {' or '.join(values)}" for what, values in fixed if values), "weights on device"])
 
 
-def method_steps(ground: Ground, name: str) -> tuple[Step, ...] | None:
-    """The sweep of a method on this ground: the first of its cuts whose steps all fit; None where it has none or is not allowed.
+def method_steps(ground: Ground, name: str, most_us: int | None = None) -> tuple[Step, ...] | None:
+    """The sweep of a method on this ground: the first of its cuts whose steps all fit.
 
-    `ground` must be of a problem from `method_problem`.
+    None where it has none, is not allowed, or takes more than `most_us`. `ground` must be of a problem from `method_problem`.
     """
+    budget_nbytes = ground.problem.budget_nbytes
     for bins in METHODS[name].cut(ground.problem):
-        steps = steps_of(ground, bins, ground.problem.budget_nbytes)
-        if steps is not None:
-            return steps
+        if all(fits(ground, chunks, budget_nbytes) for chunks in bins):
+            return steps_of(ground, bins, budget_nbytes, most_us)
     return None
 
 

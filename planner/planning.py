@@ -1,7 +1,6 @@
 """The whole planner on one screen: known plans, build, solve, place the state, check."""
 
 import time
-from collections.abc import Iterator
 from itertools import islice
 
 from chunkft_compile.planner.bundling import Bundled, bundle
@@ -60,8 +59,7 @@ def plans(
     if not fits_at_all(problem):
         raise budget_error(problem)
     bundled = bundle(problem)
-    known = [draft for draft in known_drafts(bundled.problem) if max_steps is None or len(draft.steps) <= max_steps]
-    found = [(*finish(problem, draft, bundled), draft) for draft in known]
+    found = [(*finish(problem, draft, bundled), draft) for draft in known_drafts(bundled.problem, prefer, max_steps)]
     best = min(found, key=lambda one: rank(one[0], prefer), default=None)
     solvable = best is None or len(best[0]) * len(problem.segments) <= MOST_CELLS
     least = least_sweep_us(problem) if best else 0
@@ -100,7 +98,7 @@ def sketch(problem: Problem, *, prefer: Prefer = "time") -> Schedule | None:
     """
     start = time.perf_counter()
     bundled = bundle(problem)
-    found = [finish(problem, draft, bundled) for draft in known_drafts(bundled.problem)]
+    found = [finish(problem, draft, bundled) for draft in known_drafts(bundled.problem, prefer)]
     if not found:
         return None
     steps, places = min(found, key=lambda one: rank(one[0], prefer))
@@ -131,19 +129,26 @@ def plan_method(problem: Problem, name: str) -> Schedule | None:
     return schedule
 
 
-def known_drafts(problem: Problem) -> Iterator[Draft]:
-    """Plans that need no solver: greedy and the methods, for several ways to place the weights."""
+def known_drafts(problem: Problem, prefer: Prefer, max_steps: int | None = None) -> list[Draft]:
+    """Plans that need no solver: greedy for several ways to place the weights, and those methods that may be faster."""
+    most = max_steps or len(problem.chunks)
+    found: list[Draft] = []
     for weights in {leanest(problem).places.weights: None, **dict.fromkeys(_some(list(weight_places(problem))))}:
         ground = settle(problem, spread(problem, weights))
         steps = greedy_steps(ground)
-        if steps is not None:
-            yield Draft(steps, weights)
+        if steps is not None and len(steps) <= most:
+            found.append(Draft(steps, weights))
     for name in METHODS:
         method = method_problem(problem, name)
         if method is not None and Placement.DEVICE in problem.weights:
-            steps = method_steps(settle(method, spread(method, on_device(method))), name)
-            if steps is not None:
-                yield Draft(steps, on_device(problem))
+            ground = settle(method, spread(method, on_device(method)))
+            most_us = None
+            if found and prefer == "time":  # state that stays on the device spares transfers of at most all of it
+                most_us = min(draft.us for draft in found) + sum(move.hidden_us + move.exposed_us for move in ground.state_moves)
+            steps = method_steps(ground, name, most_us)
+            if steps is not None and len(steps) <= most:
+                found.append(Draft(steps, on_device(problem)))
+    return found
 
 
 def _with_room_for_state(problem: Problem, bundled: Bundled, best: Found, prefer: Prefer, max_steps: int | None) -> list[Found]:
