@@ -32,7 +32,7 @@ from chunkft_compile.module import ChunkedModule
 from chunkft_compile.runtime.chunks import storage_nbytes
 
 Backend = Literal["eager", "inductor"]
-TOKENS, HIDDEN, VOCABULARY, SHARE = 64, 256, 4000, 1.5
+TOKENS, HIDDEN, VOCABULARY, SHARE = 64, 256, 4000, 2.0
 PARTS = {
     "capture": "making.capture_shallow",
     "- proof that layers are equal": "shallow.blocks_to_trace",

@@ -46,16 +46,21 @@ class OperatorCosts:
         self.device = device
         self._table: dict[object, CallCost] = {}
         self._graph_us: dict[fx.Graph, int] = {}
+        self._measured: set[fx.Graph] = set()  # the same codes come again with every program
 
     def measure(self, graphs: Iterable[fx.Graph]) -> None:
         """Run every call of `graphs` that is not in the table yet."""
         pending: dict[object, fx.Node] = {}
-        for graph in graphs:
+        new = [graph for graph in dict.fromkeys(graphs) if graph not in self._measured]
+        for graph in new:
             for node in graph.nodes:
                 if makes_bytes(node) and signature(node) not in self._table:
                     pending.setdefault(signature(node), node)
-        if not pending:
-            return
+        if pending:
+            self._measure(pending)
+        self._measured.update(new)
+
+    def _measure(self, pending: dict[object, fx.Node]) -> None:
         cache = CostCache(self.device)
         known = cache.load()
         for key in [key for key in pending if key_of(key) in known]:
