@@ -14,7 +14,7 @@ from chunkft_compile import ChunkedModule
 from chunkft_compile.codes import Code, Demand, Read, boxed_module
 from chunkft_compile.inductor import _compare, _draws, _lower, _measure
 from tests.conftest import Workshop
-from tests.invariants.harness import compile_quickly
+from tests.invariants.harness import RESIDENT, compile_quickly
 from tests.models import PLAIN, Case, Mlp, compute_loss, llama, token_batch, vector_batch
 
 # torch's own (2.13.0), when Inductor is imported
@@ -145,7 +145,7 @@ def test_training_is_that_of_eager_codes_and_layers_share_compilations(captures_
 def test_nothing_compiles_anew_while_the_active_set_rotates(captures_once: Workshop) -> None:
     case = Case("llama", WIDE.make, WIDE.batch)
     plain = case.build()
-    model = compile_quickly(plain, int(sum(p.nbytes for p in plain.parameters()) * 1.9), backend="inductor")
+    model = compile_quickly(plain, int(sum(p.nbytes for p in plain.parameters()) * 1.9), backend="inductor", **RESIDENT)
     _train(model, case)
     inductor = model._session.inductor
     assert inductor is not None

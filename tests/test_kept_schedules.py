@@ -43,7 +43,7 @@ def _train(model: ChunkedModule, optimizer: torch.optim.Optimizer, steps: int) -
 def written(tmp_path_factory: pytest.TempPathFactory, captures_once: Workshop) -> Path:
     """A plan of more than one step."""
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    model, optimizer = _compiled(budget=BUDGET)
+    model, optimizer = _compiled(budget=BUDGET, weights=["device"])
     model.plan(**token_batch())
     assert model.schedule is not None
     assert len(model.schedule.steps) > 1

@@ -13,7 +13,7 @@ import torch
 
 from chunkft_compile.planner import Plan, from_json
 from tests.conftest import Workshop
-from tests.invariants.harness import compile_quickly, smallest_nbytes
+from tests.invariants.harness import RESIDENT, compile_quickly, smallest_nbytes
 from tests.models import PLAIN, compute_loss, vector_batch
 
 MLP = PLAIN[0]
@@ -34,7 +34,7 @@ def test_each_capture_plan_and_step_is_an_artifact(captures_once: Workshop, monk
         artifacts.append((metadata(), payload_fn()))
 
     monkeypatch.setattr("chunkft_compile.tracing.trace_structured", trace)
-    model = compile_quickly(MLP.build(), smallest_nbytes(captures_once, MLP) * 13 // 10)
+    model = compile_quickly(MLP.build(), smallest_nbytes(captures_once, MLP, resident=True) * 13 // 10, **RESIDENT)
     artifacts.clear()  # of the search for that budget
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):

@@ -21,7 +21,7 @@ from chunkft_compile.planner import Update
 from tests.conftest import Workshop
 from tests.integrations.trainers import PLENTY, arguments, decayed, loop, rows, same_weights, train
 from tests.invariants.by_hand import plan_by_hand
-from tests.invariants.harness import compile_quickly, smallest_nbytes
+from tests.invariants.harness import RESIDENT, compile_quickly, smallest_nbytes
 from tests.models import CASES, bert, class_batch, gpt2, llama, token_batch
 
 pytestmark = pytest.mark.usefixtures("captures_once")
@@ -108,8 +108,8 @@ def test_resuming_is_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make
 
 @pytest.mark.slow
 def test_resuming_with_the_planner(workshop: Workshop, tmp_path: Path) -> None:
-    budget = smallest_nbytes(workshop, CASES[0]) * 3 // 2
-    whole, resumed = (compile_quickly(CASES[0].build(), budget) for _ in range(2))
+    budget = smallest_nbytes(workshop, CASES[0], resident=True) * 11 // 10
+    whole, resumed = (compile_quickly(CASES[0].build(), budget, **RESIDENT) for _ in range(2))
     train(whole, tmp_path, max_steps=9, save_strategy="steps", save_steps=3)
     train(resumed, tmp_path, max_steps=9, save_strategy="steps", save_steps=3, resume=tmp_path / "checkpoint-3")
     assert whole.progress.steps > 1

@@ -110,15 +110,19 @@ def bench(workshop: Workshop, case: Case) -> Bench:
     return Bench(model, result.detach(), leaves, [tangent], dense, found, workshop.lower(found, cut(found)), workshop)
 
 
+RESIDENT: dict[str, Any] = {"weights": ["device"]}
+"""With some weights away, one step a sweep may be the faster plan, or not: that depends on the machine."""
+
+
 @functools.cache
-def smallest_nbytes(workshop: Workshop, case: Case) -> int:
-    """The smallest budget that a schedule fits, found with small chunks."""
+def smallest_nbytes(workshop: Workshop, case: Case, *, resident: bool = False) -> int:
+    """The smallest budget that a schedule fits, found with small chunks; with all weights on the device if they are `resident`."""
     model = case.build()
     weights = storage_nbytes([*model.parameters(), *model.buffers()])
     budget = weights * 5 // 4
     args, kwargs = case.arguments()
     try:
-        compile_quickly(model, budget).plan(*args, **kwargs)
+        compile_quickly(model, budget, **(RESIDENT if resident else {})).plan(*args, **kwargs)
     except BudgetError as error:
         return error.smallest_nbytes
     return budget

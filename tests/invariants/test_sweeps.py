@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from chunkft_compile.errors import TrainingError
 from tests.conftest import Workshop
-from tests.invariants.harness import compile_quickly, slice_of, smallest_nbytes
+from tests.invariants.harness import RESIDENT, compile_quickly, slice_of, smallest_nbytes
 from tests.models import PLAIN, TRANSFORMERS, Case, Mlp, compute_loss, vector_batch
 
 pytestmark = pytest.mark.usefixtures("captures_once")
@@ -37,7 +37,7 @@ QUICK = ("llama-tied", "mlp", "shared")
 def test_a_sweep_changes_every_element_once(workshop: Workshop, case: Case) -> None:
     plain = case.build()
     tight = case in TRANSFORMERS
-    model = compile_quickly(plain, smallest_nbytes(workshop, case) * 11 // 10 if tight else 10**6)
+    model = compile_quickly(plain, smallest_nbytes(workshop, case, resident=True) * 11 // 10 if tight else 10**6, **RESIDENT)
     optimizer = SGD(model.parameters(), lr=LARGE)
     changes = {name: torch.zeros_like(value, dtype=torch.int) for name, value in _snapshot(plain).items()}
     expected = {name: torch.zeros_like(count) for name, count in changes.items()}

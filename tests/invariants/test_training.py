@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from tests.conftest import Workshop
-from tests.invariants.harness import compile_quickly, smallest_nbytes, train_sweeps
+from tests.invariants.harness import RESIDENT, compile_quickly, smallest_nbytes, train_sweeps
 from tests.models import CASES, Case, compute_loss
 from tests.support import reference
 
@@ -91,7 +91,7 @@ def test_sweeps_are_the_references(workshop: Workshop, optimizer: str, name: str
 def test_weights_move_away_from_a_reference_that_trains_other_rows(workshop: Workshop) -> None:
     """The comparison above can fail: one step's slices swapped with the next one's give other weights."""
     case, make = BY_NAME["llama-tied"], OPTIMIZERS["adamw"]
-    model = compile_quickly(case.build(), smallest_nbytes(workshop, case) * 5 // 4)
+    model = compile_quickly(case.build(), smallest_nbytes(workshop, case, resident=True) * 5 // 4, **RESIDENT)
     trained = train_sweeps(case, model, make(model.parameters()), sweeps=1, micro=1)
     assert len(trained.steps) > 1
     swapped = [trained.steps[1], trained.steps[0], *trained.steps[2:]]
