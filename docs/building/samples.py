@@ -23,13 +23,18 @@ def tiny_model(layers: int = 2, hidden: int = 64) -> LlamaForCausalLM:
     return model.train()  # type: ignore[no-any-return]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and `<eos>`; with a chat template."""
+def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token per byte, and `<eos>`."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     whole = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     whole.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>", pad_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>", **special)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, padding, and a chat template."""
+    tokenizer = byte_tokenizer(pad_token="<eos>")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
         "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

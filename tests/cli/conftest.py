@@ -4,26 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chunkft_compile
+from docs.building.samples import byte_tokenizer
 from tests.cli.engine import compile_fake
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and `<eos>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>")
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and `<eos>` (256)."""
-    return make_tokenizer()
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

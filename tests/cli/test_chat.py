@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from chunkft_compile.chat import ChatFormat
 from chunkft_compile.data import Chat
 from chunkft_compile.sequences import IGNORED, encode
-from tests.cli.conftest import make_tokenizer
+from docs.building.samples import byte_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -49,7 +49,7 @@ def chat(*messages: tuple[str, str]) -> Chat:
 
 
 def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    made = make_tokenizer()
+    made = byte_tokenizer()
     made.chat_template = template
     return made
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from chunkft_compile.data import Example
 from chunkft_compile.sequences import IGNORED, Row, Rows, Sequences, encode, pad, shuffled_batches, split
-from tests.cli.conftest import make_tokenizer
+from docs.building.samples import byte_tokenizer
 
 EOS = 256
-TOKENIZER = make_tokenizer()
+TOKENIZER = byte_tokenizer()
 
 
 def numbered(count: int) -> list[Row]:
