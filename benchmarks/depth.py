@@ -32,7 +32,7 @@ from chunkft_compile.module import ChunkedModule
 from chunkft_compile.runtime.chunks import storage_nbytes
 
 Backend = Literal["eager", "inductor"]
-TOKENS, HIDDEN, VOCABULARY, SHARE = 64, 256, 4000, 3.0
+TOKENS, HIDDEN, VOCABULARY = 64, 256, 4000
 PARTS = {
     "capture": "making.capture_shallow",
     "- proof that layers are equal": "shallow.blocks_to_trace",
@@ -64,25 +64,25 @@ def build_model(layers: int) -> nn.Module:
     return model
 
 
-def compile_and_plan(plain: nn.Module, backend: Backend) -> tuple[ChunkedModule, Optimizer]:
-    """What is measured."""
-    budget_nbytes = int(SHARE * storage_nbytes(list(plain.parameters())))
-    model = compile(plain, budget_nbytes, backend=backend, max_steps=1, solve_seconds=0.2)  # plans alike, and no search
+def compile_and_plan(plain: nn.Module, backend: Backend, share: float) -> tuple[ChunkedModule, Optimizer]:
+    """What is measured: plans without a search."""
+    budget_nbytes = int(share * storage_nbytes(list(plain.parameters())))
+    model = compile(plain, budget_nbytes, backend=backend, solve_seconds=0.2)
     optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)  # the plan looks for it
     model.plan(**_batch())
     return model, optimizer
 
 
-def measure(layers: int, *, full: bool, backend: Backend) -> dict[str, float]:
+def measure(layers: int, *, full: bool, backend: Backend, share: float) -> dict[str, float]:
     """CPU seconds of every part, and how many layers were copied."""
     with TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
-        return _measure(layers, full=full, backend=backend)
+        return _measure(layers, full=full, backend=backend, share=share)
 
 
-def _measure(layers: int, *, full: bool, backend: Backend) -> dict[str, float]:
+def _measure(layers: int, *, full: bool, backend: Backend, share: float) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
-    train_step(*compile_and_plan(build_model(2), backend), _batch())
+    train_step(*compile_and_plan(build_model(2), backend, share), _batch())
     plain = build_model(layers)
     with ExitStack() as patches:
         if full:
@@ -91,11 +91,12 @@ def _measure(layers: int, *, full: bool, backend: Backend) -> dict[str, float]:
             owner, name = _resolve(where)
             patches.enter_context(mock.patch.object(owner, name, _timed(seconds, part, getattr(owner, name))))
         start = _cpu_seconds()
-        model, optimizer = compile_and_plan(plain, backend)
+        model, optimizer = compile_and_plan(plain, backend, share)
         total = _cpu_seconds() - start
         while backend == "inductor" and model.progress.sweep == 0:
             train_step(model, optimizer, _batch())
-    return {"copied": seconds["copied"], "total": total + seconds["Inductor"]} | {part: seconds[part] for part in PARTS}
+    counts = {"copied": seconds["copied"], "steps a sweep": model.progress.steps, "total": total + seconds["Inductor"]}
+    return counts | {part: seconds[part] for part in PARTS}
 
 
 def _batch() -> Batch:
@@ -134,6 +135,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Which depths, and how often."""
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32], help="depths (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each depth (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=2.0, help="budget as a multiple of the weights (default: %(default)s)")
     parser.add_argument("--backend", choices=get_args(Backend), default="eager", help="of the compiled model (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="trace every layer")
 
@@ -147,12 +149,14 @@ def main() -> None:
     runs: dict[int, list[dict[str, float]]] = {layers: [] for layers in options.layers}
     for _ in range(options.repeats):
         for layers, done in runs.items():  # in turns, so that all depths see the same machine
-            done.append(run_alone(measure, layers, full=options.full, backend=options.backend))
+            done.append(run_alone(measure, layers, full=options.full, backend=options.backend, share=options.share))
     found = {layers: min(done, key=lambda one: one["total"]) for layers, done in runs.items()}
-    names = ["copied", "total", *(part for part in PARTS if options.backend == "inductor" or part != "Inductor")]
-    rows = [[name, *(f"{one[name]:.0f}" if name == "copied" else f"{one[name]:.2f}" for one in found.values())] for name in names]
+    counts = ["copied", "steps a sweep"]
+    names = ["total", *(part for part in PARTS if options.backend == "inductor" or part != "Inductor")]
+    rows = [[name, *(f"{one[name]:.0f}" for one in found.values())] for name in counts]
+    rows += [[name, *(f"{one[name]:.2f}" for one in found.values())] for name in names]
     print(tabulate(rows, headers=["CPU seconds", *(f"{layers} layers" for layers in found)], disable_numparse=True, stralign="right"))
-    shape = f"Llama n x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch 1 x {TOKENS}, budget {SHARE} x weights, T = 1, {options.backend}"
+    shape = f"Llama n x {HIDDEN}, vocabulary {VOCABULARY}, fp32, batch 1 x {TOKENS}, budget {options.share} x weights, {options.backend}"
     print(circumstances(f"{shape}; least of {options.repeats}"))
 
 
