@@ -16,8 +16,11 @@ from chunkft_compile.planner.problem import Chunk, Problem, Step
 
 
 def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
-    """Steps that train every chunk once, deepest first; None where some chunk fits neither beside others nor alone."""
-    budget_nbytes = ground.problem.budget_nbytes
+    """Steps that train every chunk once, deepest first; None where some chunk does not fit alone."""
+    problem, budget_nbytes = ground.problem, ground.problem.budget_nbytes
+    different = {(c.segment, c.first, c.grad_nbytes, ground.update_nbytes[index]): index for index, c in enumerate(problem.chunks)}
+    if not all(fits(ground, [index], budget_nbytes) for index in different.values()):
+        return None
     bins = greedy_bins(ground, budget_nbytes)
     return steps_of(ground, bins, budget_nbytes) if bins is not None else None
 

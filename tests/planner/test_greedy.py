@@ -31,7 +31,7 @@ def test_deep_steps_come_first_and_are_few() -> None:
 def test_a_plan_exists_if_every_chunk_fits_alone(problem: Problem) -> None:
     schedule = greedy_schedule(problem)
     alone = all(fits(plain_ground(problem), [index], problem.budget_nbytes) for index in range(len(problem.chunks)))
-    assert schedule is not None or not alone  # where PASS needs more than ACTIVE, a chunk may fit beside others only
+    assert (schedule is not None) == alone
     if schedule is not None:
         verify(problem, schedule)
 
