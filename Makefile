@@ -69,13 +69,14 @@ bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --dtype bf16 --budget 480MB
 	$(BIN)/python -m benchmarks.overlap --work build --update immediate
+	$(BIN)/python -m benchmarks.overlap --work build
 	$(BIN)/python -m benchmarks.zoo --write docs/models.md
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.cap
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.lengths
 	$(BIN)/python -m benchmarks.depth
-	$(BIN)/python -m benchmarks.seven_b --work build  # 45 GB of disk, half an hour
+	$(BIN)/python -m benchmarks.seven_b --work build --again  # 72 GB of disk, half an hour
 
 clean: ## remove the environment, caches and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

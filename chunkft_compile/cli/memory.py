@@ -45,7 +45,7 @@ def live_nbytes(device: torch.device, *, ignore: Iterable[torch.Tensor] = ()) ->
 
 
 class _HookMeter:
-    """As `PeakMeter`, exactly."""
+    """As `PeakMeter` by the hook, but the engine may measure inside: it has a peak of its own, and takes no lock."""
 
     peak_nbytes: int
 

@@ -23,7 +23,7 @@ def test_it_trains(entry: Entry) -> None:
     assert outcome.works, outcome
     assert not outcome.dense
     assert outcome.measured_nbytes > 0
-    assert outcome.steps > 1 or entry.name in {"UNet", "ConvNeXt"}  # activations of images and sound outweigh their weights
+    assert outcome.steps > 1 or entry.name in {"UNet", "ConvNeXt"}  # activations of images outweigh their weights
 
 
 def test_a_failure_is_seen() -> None:
