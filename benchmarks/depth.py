@@ -5,9 +5,10 @@
     python -m benchmarks.depth --layers 12 48 --repeats 1
     python -m benchmarks.depth --full                   # every layer is traced, as where layers are not equal
 
-Every figure is that of a process of its own which has compiled a small model before, so that imports and what torch makes once do not
-count; of several repeats it is the one with the least total. "copied" are the layers that were not traced. Operators are measured anew, and
-Inductor's caches are empty; what it takes is that of one sweep, with the C++ compiler, which it starts in one process after the other.
+Every figure is that of a process of its own which has compiled a small model of another width before, so that imports and what torch makes
+once do not count; of several repeats it is the one with the least total. "copied" are the layers that were not traced. Operators are
+measured anew, and Inductor's caches are empty; what it takes is that of one sweep, with the C++ compiler, which it starts in one process
+after the other.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from chunkft_compile.runtime.chunks import storage_nbytes
 
 Backend = Literal["eager", "inductor"]
 TOKENS, HIDDEN, VOCABULARY = 64, 256, 4000
+OTHER_HIDDEN = 192  # of the model that is compiled before: no shape and no code of it comes again
 PARTS = {
     "capture": "making.capture_shallow",
     "- proof that layers are equal": "shallow.blocks_to_trace",
@@ -48,16 +50,16 @@ PARTS = {
 """Where the function of each part is looked up; those with a dash are part of the one above."""
 
 
-def build_model(layers: int) -> nn.Module:
+def build_model(layers: int, hidden: int = HIDDEN) -> nn.Module:
     """A Llama with random weights, the same every time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=layers,
-        hidden_size=HIDDEN,
-        intermediate_size=704,
+        hidden_size=hidden,
+        intermediate_size=11 * hidden // 4,
         num_attention_heads=8,
         num_key_value_heads=8,
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY * hidden // HIDDEN,
         use_cache=False,
     )
     model: nn.Module = LlamaForCausalLM(config).train()
@@ -82,7 +84,7 @@ def measure(layers: int, *, full: bool, backend: Backend, share: float) -> dict[
 
 def _measure(layers: int, *, full: bool, backend: Backend, share: float) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
-    train_step(*compile_and_plan(build_model(2), backend, share), _batch())
+    train_step(*compile_and_plan(build_model(2, OTHER_HIDDEN), backend, share), _batch())
     plain = build_model(layers)
     with ExitStack() as patches:
         if full:

@@ -179,7 +179,7 @@ def count_flops(trainer: Trainer, batch: Batch, steps: int) -> int:
 
 def _program_flops(assembled: Assembled) -> int:
     """Of the calls of its codes. A mode that counts them as they run would keep tensors that the program frees."""
-    calls = [assembled.codes[i.code].module.graph for i in assembled.program.instructions if i.op in (Op.FORWARD, Op.BACKWARD)]
+    calls = [assembled.codes[i.code].graph for i in assembled.program.instructions if i.op in (Op.FORWARD, Op.BACKWARD)]
     return sum(_node_flops(node) for graph in calls for node in graph.nodes)
 
 

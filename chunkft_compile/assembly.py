@@ -298,7 +298,7 @@ class _Writer:
 
     def finish(self, costs: Costs, link: Link | None) -> None:
         """Lifetimes: each value is freed by the last call that reads it, and each call learns which storages die in it."""
-        costs.measure(code.module.graph for code in self.codes)
+        costs.measure(code.graph for code in self.codes)
         last: dict[int, int] = {}
         for number, instruction in enumerate(self.instructions):
             for value in (*instruction.writes, *instruction.reads):
@@ -333,4 +333,4 @@ class _Writer:
             if storage >= 0 and alive[storage] <= set(frees):
                 groups.add(group)
         transient = code.footprint.transient_nbytes(frozenset(groups), costs.temporary_nbytes)
-        return replace(old, frees=frees, transient_nbytes=transient, us=costs.graph_us(code.module.graph))
+        return replace(old, frees=frees, transient_nbytes=transient, us=costs.graph_us(code.graph))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from chunkft_compile.codes import SERVES, Code, Demand, Read, boxed_module, emit
+from chunkft_compile.codes import SERVES, Code, Demand, Read, emit
 from chunkft_compile.fakes import fake_value
 from chunkft_compile.recomputing import inputs_of, inside_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
@@ -63,7 +63,7 @@ class Backward:
                     new.meta[SERVES] = i
         self.graph.output(tuple(results[i] for i in range(len(self.demands))))
         sizes = take_sizes(self.graph)
-        return Code(boxed_module(self.graph), tuple(reads), (), self.demands, tuple(sorted(set(dense))), self.option, sizes)
+        return Code(self.graph, tuple(reads), (), self.demands, tuple(sorted(set(dense))), self.option, sizes)
 
     def _copy(self, node: fx.Node) -> None:
         self.env[node] = self.graph.node_copy(node, self._value)

@@ -38,20 +38,27 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A callable shared by all segments of a kind.
+    """A callable shared by all segments of a kind. Its Python is written when it is first asked for.
 
-    `module(args)` takes a list: the tensors of `reads`, then one integer start for every demand with a length, then a number for each of
+    `call(args)` takes a list: the tensors of `reads`, then one integer start for every demand with a length, then a number for each of
     `sizes`. It empties the list. It returns one tensor for every entry of `writes` (forward) or of the demands (backward). `dense` are
     the demands whose gradient had to be computed whole; `option` is what it was lowered for.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
     reads: tuple[Read, ...]
     writes: tuple[int, ...]
     demands: tuple[Demand, ...]
     dense: tuple[int, ...]
     option: str = ""
     sizes: tuple[Expression, ...] = ()
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph made callable. Symbolic sizes must be its inputs by now, see `take_sizes`."""
+        self.graph.set_codegen(_BoxedCodeGen())
+        self.graph.lint()
+        return fx.GraphModule(torch.nn.Module(), self.graph)
 
     @cached_property
     def call(self) -> Callable[[list[Any]], tuple[Any, ...]]:
@@ -62,7 +69,7 @@ class Code:
     @cached_property
     def footprint(self) -> Footprint:
         """Its memory, from the fake values of its graph."""
-        return Footprint(self.module.graph)
+        return Footprint(self.graph)
 
 
 def emit(graph: fx.Graph, capture: Capture, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -70,10 +77,3 @@ def emit(graph: fx.Graph, capture: Capture, target: Any, *args: Any, **kwargs: A
     node = graph.call_function(target, args, kwargs)
     node.meta["val"] = fake_value(node, capture.fake_mode)
     return node
-
-
-def boxed_module(graph: fx.Graph) -> fx.GraphModule:
-    """The graph made callable. Symbolic sizes must be its inputs by now, see `take_sizes`."""
-    graph.set_codegen(_BoxedCodeGen())
-    graph.lint()
-    return fx.GraphModule(torch.nn.Module(), graph)

@@ -63,20 +63,28 @@ class Setting:
 class Compiled:
     """One captured signature. `fixed_nbytes` live throughout a step: see `fixed_nbytes()`. `inputs` describes the batch, leaf by leaf."""
 
-    def __init__(self, capture: Capture, fixed_nbytes: int, costs: Costs, setting: Setting, inputs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        fixed_nbytes: int,
+        costs: Costs,
+        setting: Setting,
+        inputs: tuple[str, ...] = (),
+        lowering: Lowering | None = None,
+    ) -> None:
         self.capture = capture
         self.inputs = inputs
         self.setting = setting
         self.base_nbytes = fixed_nbytes + setting.counter_nbytes
         self._fixed_nbytes = fixed_nbytes
         self._costs = costs
-        self._lowering = Lowering(capture, cut(capture))
+        self._lowering = Lowering(capture, cut(capture)) if lowering is None else lowering
         self._programs: dict[object, Assembled] = {}
         self._timelines: dict[Assembled, Timeline] = {}
 
     def under(self, setting: Setting) -> "Compiled":
-        """The same signature with other chunks."""
-        return Compiled(self.capture, self._fixed_nbytes, self._costs, setting, self.inputs)
+        """The same signature with other chunks, and with the codes made so far: they are not bound to chunks."""
+        return Compiled(self.capture, self._fixed_nbytes, self._costs, setting, self.inputs, self._lowering)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -6,7 +6,7 @@ figures depend on the operator, its arguments' layouts and the thread count only
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import fx
@@ -19,7 +19,8 @@ from chunkft_compile.runtime.meter import CallCost, measure_calls
 Slot = tuple[int, torch.dtype]
 """The how-manieth storage among the arguments of a call, and its dtype."""
 
-_SIGNATURE = "chunkft_signature"  # key in a node's meta
+_SIGNATURE, _MAKES = "chunkft_signature", "chunkft_makes_bytes"  # keys in a node's meta
+_T = TypeVar("_T")
 _VIEW_US = 3  # a view makes no bytes; this is the dispatch
 
 
@@ -94,6 +95,10 @@ class OperatorCosts:
 
 def makes_bytes(node: fx.Node) -> bool:
     """Calls that make bytes or write into some; views and tuple items do neither."""
+    return _noted(node, _MAKES, _makes_bytes)
+
+
+def _makes_bytes(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target._schema.is_mutable:
@@ -104,9 +109,15 @@ def makes_bytes(node: fx.Node) -> bool:
 
 def signature(node: fx.Node) -> object:
     """Equal for calls that cost the same; where in a storage an argument begins makes no difference."""
-    if _SIGNATURE not in node.meta:
-        node.meta[_SIGNATURE] = _sign_call(node)
-    return node.meta[_SIGNATURE]
+    return _noted(node, _SIGNATURE, _sign_call)
+
+
+def _noted(node: fx.Node, key: str, find: Callable[[fx.Node], _T]) -> _T:
+    """What is found of a node, once. It is noted with the node: a copy has the meta of the original, and may have other arguments."""
+    noted: tuple[fx.Node, _T] | None = node.meta.get(key)
+    if noted is None or noted[0] is not node:
+        noted = node.meta[key] = (node, find(node))
+    return noted[1]
 
 
 def _sign_call(node: fx.Node) -> object:

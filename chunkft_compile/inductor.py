@@ -129,7 +129,7 @@ def _lower(code: Code) -> Call:
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
-    graph, shapes = code.module.graph, ShapeEnv()
+    graph, shapes = code.graph, ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)  # constants of the graph are real
     arguments: list[Any] = []
     for node in graph.find_nodes(op="placeholder"):
@@ -153,7 +153,7 @@ def _lower(code: Code) -> Call:
     with torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
         traced = make_fx(plain, decomposition_table=select_decomp_table())(*arguments)
         results = traced.graph.output_node()
-        expected = [node.meta["val"].stride() for node in code.module.graph.output_node().args[0]]  # type: ignore[union-attr]
+        expected = [node.meta["val"].stride() for node in code.graph.output_node().args[0]]  # type: ignore[union-attr]
         results.meta["user_visible_output_idxs"] = list(range(len(expected)))  # their strides are kept
         results.meta["original_output_strides"] = expected
         made: Any = compile_fx_inner(traced, arguments, is_inference=True, layout_opt=False)
@@ -180,7 +180,7 @@ def _make_up(code: Code, *, last: bool = True) -> list[Any]:
     generator: dict[torch.device, torch.Generator] = {}
     made: dict[int, torch.Tensor] = {}
     arguments: list[Any] = []
-    for node in code.module.graph.find_nodes(op="placeholder"):
+    for node in code.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             arguments.append((_most(node) or 0) if last else 0)

@@ -25,7 +25,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ from torch.utils import _pytree as pytree
 # Private (2.13.0): there is no public way to see the operators that a model calls, nor to make a fake tensor in a given storage.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from chunkft_compile import fakes
+from chunkft_compile.fakes import PLAIN, Made, how_made, tensors_of
 from chunkft_compile.stacks import Stack
 
 logger = logging.getLogger(__name__)
@@ -49,18 +51,10 @@ If blocks read a trained value in common, its gradients are summed up along them
 """
 
 _SMALL = 16  # elements of a constant that is compared by value
-_PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class _Doubt(Exception):
     """There is no proof, and why."""
-
-
-class _Made(NamedTuple):
-    """How the one result of a call was made: like this one, in a storage of its own or in that of an argument, by its number."""
-
-    like: FakeTensor
-    argument: int | None
 
 
 @dataclass(frozen=True)
@@ -75,8 +69,9 @@ class _Place:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down the calls of a run of `depth` blocks. `named` are tensors that are there before, by where they come from."""
 
-    def __init__(self, depth: int, named: Mapping[int, tuple[int | None, object]]) -> None:
+    def __init__(self, depth: int, fake_mode: FakeTensorMode, named: Mapping[int, tuple[int | None, object]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fake_mode = fake_mode
         self.parts: list[list[list[object]]] = [[] for _ in range(depth + 2)]  # before the blocks, each block, behind them
         self.tensors: list[torch.Tensor] = []
         self.have_common = False  # whether blocks read a trained value that none of them made
@@ -86,7 +81,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._named = named
         self._places: dict[int, _Place] = {}
         self._results: list[tuple[list[object], torch.Tensor]] = []
-        self._made: dict[tuple[int, int], _Made] = {}  # by part and row
+        self._made: dict[tuple[int, int], Made] = {}  # by part and row
         self._follows = False  # whether the block that runs does what the one before has done, so far
 
     def enter(self, block: int) -> None:
@@ -133,9 +128,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._follows = self._inside and number < len(before) and before[number][:_WITH] == row
         if self._follows and (made := self._made.get((part - 1, number))) is not None:
             self._made[part, number] = made
-            return _make_again(made, args)
-        result = func(*args, **kwargs)
-        if self._inside and (found := _made_from(func, args, kwargs, result)) is not None:
+            return made.again(self._fake_mode, tensors_of(args))
+        result = fakes.call(func, args, kwargs, self._fake_mode, lambda: func(*args, **kwargs))
+        if self._inside and (found := how_made(func, args, kwargs, result)) is not None:
             self._made[part, number] = found
         return result
 
@@ -160,7 +155,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._origin(value)
         if isinstance(value, list | tuple):
             return tuple([self._written(each) for each in value])
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value), value
         raise _Doubt(f"an argument is a {type(value).__name__}")
 
@@ -201,40 +196,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _layouts(rows: Sequence[Sequence[object]]) -> list[Sequence[object]]:
     return [row[_WITH:] for row in rows]
-
-
-def _made_from(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Made | None:
-    """How a call has made its result; None where that is not so simple that `_make_again` could do it."""
-    read = _tensors_of(args)
-    plain = type(result) is FakeTensor and result.constant is None and result.layout is torch.strided
-    if not plain or func._schema.is_mutable or _tensors_of(list(kwargs.values())) or any(type(tensor) is not FakeTensor for tensor in read):
-        return None
-    storage = result.untyped_storage()
-    shared = [number for number, tensor in enumerate(read) if tensor.untyped_storage()._cdata == storage._cdata]
-    if any(tensor is result for tensor in read) or result.is_conj() or result.is_neg():
-        return None
-    made = _Made(result, shared[0] if shared else None)
-    own = shared or (result.storage_offset() == 0 and storage.nbytes() == _bare(made, read).untyped_storage().nbytes())
-    return made if own else None
-
-
-def _make_again(made: _Made, args: Sequence[Any]) -> FakeTensor:
-    return FakeTensor(made.like.fake_mode, _bare(made, _tensors_of(args)), made.like.fake_device)
-
-
-def _bare(made: _Made, read: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The memory behind a fake tensor: without any."""
-    like = made.like
-    with torch._C._DisableTorchDispatch():
-        if made.argument is None:
-            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-        storage = read[made.argument].untyped_storage()
-        return torch.empty(0, dtype=like.dtype, device="meta").set_(storage, like.storage_offset(), like.shape, like.stride())
-
-
-def _tensors_of(args: Sequence[Any]) -> list[torch.Tensor]:
-    """Those among arguments, and in lists of them."""
-    return [leaf for arg in args for leaf in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(leaf, torch.Tensor)]
 
 
 def _layout(tensor: torch.Tensor) -> object:
@@ -299,7 +260,7 @@ def _run(
     fakes = {id(tensor): _fake(mode, tensor) for tensor in (*model.parameters(), *model.buffers())}
     inputs = [_fake(mode, tensor) for tensor in batch]
     named = {id(fakes[id(tensor)]): stack.block_of(name) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    recorder = _Recorder(depth, named | {id(tensor): (None, str(position)) for position, tensor in enumerate(inputs)})
+    recorder = _Recorder(depth, mode, named | {id(tensor): (None, str(position)) for position, tensor in enumerate(inputs)})
     copied = _copied(model, stack, depth, fakes)
     for block, module in enumerate(copied.get_submodule(stack.path).children()):
         _watch(module, recorder, block)

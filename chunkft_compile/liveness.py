@@ -16,6 +16,8 @@ from chunkft_compile.runtime.chunks import allocated_nbytes
 
 def storages(value: Any) -> dict[int, int]:
     """Storage identity -> bytes of every tensor in a (fake) value."""
+    if isinstance(value, torch.Tensor):  # as almost always
+        return {value.untyped_storage()._cdata: allocated_nbytes(value)}
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     return {t.untyped_storage()._cdata: allocated_nbytes(t) for t in tensors}
 

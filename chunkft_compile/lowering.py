@@ -14,7 +14,7 @@ from torch import fx
 
 from chunkft_compile.backwards import Backward
 from chunkft_compile.capture import Capture
-from chunkft_compile.codes import Code, Demand, Read, boxed_module, emit
+from chunkft_compile.codes import Code, Demand, Read, emit
 from chunkft_compile.offloading import Movable
 from chunkft_compile.recomputing import inputs_of, needed_for
 from chunkft_compile.segments import Segment, is_forward
@@ -137,7 +137,7 @@ class Lowering:
                 env[node] = graph.node_copy(node, env.__getitem__)
         graph.output(tuple(env[node] for node in wanted))
         sizes, reads = take_sizes(graph), tuple(Read(segment.position[node]) for node in outside)
-        return Code(boxed_module(graph), reads, writes, (), (), option, sizes)
+        return Code(graph, reads, writes, (), (), option, sizes)
 
     @cached_property
     def movable(self) -> Movable:

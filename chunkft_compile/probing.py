@@ -2,9 +2,13 @@
 
 Each kind is lowered once per role and option with all its chunks demanded. Liveness of fewer demands is never larger, so these
 are upper bounds for any step; gradient slices are left out of them and counted per chunk.
+
+NOTE [two of equal chunks]
+Chunks of one parameter that are equally long are computed behind each other, in the same way. All but the last leave what they read
+to the next one, and the last may free it. So two of them take as many bytes beside their gradients as two hundred, and no more are lowered.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +26,9 @@ from chunkft_compile.planner.problem import Segment as SizedSegment
 from chunkft_compile.runtime.chunks import BLOCK_NBYTES
 from chunkft_compile.segments import Segment, is_forward
 from chunkft_compile.weights import Weights
+
+_FEW = 2
+"""How many of equal chunks are lowered, see NOTE [two of equal chunks]."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,14 @@ class _Wanted:
 
     @property
     def active(self) -> list[Demand]:
-        """All of them, in the order of lowering."""
-        return _in_order({*self.passing, *self.slices})
+        """All of them, in the order of lowering; equal ones as in `slices`."""
+        return _in_order([*self.passing, *self.slices])
 
     @property
     def slices(self) -> list[Demand]:
-        """Demands that give (parts of) gradients."""
-        return [demand for demand, _ in self.own + self.partial]
+        """Demands that give (parts of) gradients. Of equal ones `_FEW`."""
+        counts = Counter(demand for demand, _ in self.own + self.partial)
+        return _in_order(demand for demand, count in counts.items() for _ in range(min(count, _FEW)))
 
 
 def probe(lowering: Lowering, rows: Sequence[Rows], costs: Costs) -> Probe:
@@ -73,7 +81,7 @@ def probe(lowering: Lowering, rows: Sequence[Rows], costs: Costs) -> Probe:
     outside = base | set(shared)
     backwards = {(s.number, role, option): code for s in lowering.segments for role, option, code in _codes(lowering, s, wanted[s.number])}
     forwards = {key: _forward(lowering, lowering.segments[key[0]], code, key[2]) for key, code in backwards.items()}
-    costs.measure(code.module.graph for code in {*backwards.values(), *forwards.values()})
+    costs.measure(code.graph for code in {*backwards.values(), *forwards.values()})
     kinds: dict[Kind, int] = {}
     segments = []
     for s in lowering.segments:
@@ -93,28 +101,37 @@ def probe(lowering: Lowering, rows: Sequence[Rows], costs: Costs) -> Probe:
 
 
 def _wanted(lowering: Lowering, rows: Sequence[Rows]) -> list[_Wanted]:
-    """Demands per segment with every chunk active, found by the same walk that assembles a step."""
-    everything = dict(enumerate(rows))
-    found = propagate(lowering, everything, ["save"] * len(lowering.segments))
-    chunk_of = {gradient_key(lowering, row): number for number, row in everything.items()}
-    by_start = {(row.param, row.start): number for number, row in everything.items()}
+    """Demands per segment with every chunk active, found by the same walk that assembles a step.
+
+    Chunks of one parameter that are equally long make the same demands, so the first of them stands for all.
+    """
+    alike: dict[tuple[str, int | None], list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        alike[row.param, row.demanded and row.demanded[1]].append(number)
+    few = {number: rows[number] for numbers in alike.values() for number in numbers[:_FEW]}
+    found = propagate(lowering, few, ["save"] * len(lowering.segments))
+    gradients = {gradient_key(lowering, row) for row in few.values()}
+    chunks_of = {gradient_key(lowering, rows[numbers[0]]): numbers for numbers in alike.values()}  # the first stands for all
     wanted = [_Wanted() for _ in lowering.segments]
-    for number, demands in found.backward.items():
+    for segment, demands in found.backward.items():
         for key, demand in demands.items():
-            if key in chunk_of:
-                wanted[number].own.append((demand, chunk_of[key]))
+            if key in gradients:
+                wanted[segment].own += [(demand, number) for number in chunks_of.get(key, ())]
             elif _is_share(lowering, key[0]):
-                start = key[1][0] if key[1] else 0
-                wanted[number].partial.append((demand, by_start[lowering.partials[key[0]], start]))
+                param = lowering.partials[key[0]]
+                numbers = chunks_of.get((lowering.capture.gradients[param], key[1]), [])
+                if key[1] is None and not numbers:  # rows need it whole: it is counted to the first of them
+                    numbers = [next(n for n, row in enumerate(rows) if row.param == param)]
+                wanted[segment].partial += [(demand, number) for number in numbers]
             else:
-                wanted[number].passing.append(demand)
+                wanted[segment].passing.append(demand)
     return wanted
 
 
 def _codes(lowering: Lowering, segment: Segment, wanted: _Wanted) -> list[tuple[str, str, Code]]:
     """(role, option, backward code) of a segment. Without parameters, or with nothing below, roles fall together."""
-    passing, slices = _in_order(wanted.passing), _in_order(wanted.slices)
-    roles = {"frozen": [], "passing": passing, "active": wanted.active, "last": slices or passing}
+    passing = _in_order(wanted.passing)
+    roles = {"frozen": [], "passing": passing, "active": wanted.active, "last": wanted.slices or passing}
     found = []
     for role, demands in roles.items():
         options = lowering.options(segment) if demands else lowering.options(segment)[:1]
@@ -176,14 +193,14 @@ def _cost(segment: Segment, wanted: _Wanted, option: str, backward: Code, forwar
     tied = {backward.demands[read.demand] for read in backward.reads if read.demand is not None}
     sums = max((_nbytes(segment, demand) for demand in tied), default=0)
     peak = backward.footprint.transient_nbytes(groups, costs.temporary_nbytes, gradients=slices) if backward.demands else 0
-    own_us = sum(costs.us(node) for node in backward.module.graph.nodes if node.meta.get(SERVES) is not None)
+    own_us = sum(costs.us(node) for node in backward.graph.nodes if node.meta.get(SERVES) is not None)
     return Cost(
         option,
         sum(saved.values()),
         forward.footprint.transient_nbytes(frozenset(), costs.temporary_nbytes),
         peak + (sums if slices else 0),
-        costs.graph_us(forward.module.graph),
-        costs.graph_us(backward.module.graph) - own_us,
+        costs.graph_us(forward.graph),
+        costs.graph_us(backward.graph) - own_us,
     )
 
 
@@ -268,7 +285,7 @@ def _chunk_costs(
 def _demand_us(code: Code, costs: Costs) -> dict[int | str, int]:
     """Time of the nodes that serve one demand (by index) or one whole gradient (by parameter) only."""
     found: dict[int | str, int] = defaultdict(int)
-    for node in code.module.graph.nodes:
+    for node in code.graph.nodes:
         serves = node.meta.get(SERVES)
         if serves is not None:
             found[serves] += costs.us(node)

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.optim import AdamW
 
 from chunkft_compile import ChunkedModule
-from chunkft_compile.codes import Code, Demand, Read, boxed_module
+from chunkft_compile.codes import Code, Demand, Read
 from chunkft_compile.inductor import _compare, _draws, _lower, _measure
 from tests.conftest import Workshop
 from tests.invariants.harness import RESIDENT, compile_quickly
@@ -39,7 +39,7 @@ def _sliced_product() -> Code:
     turned.meta["val"] = rows.meta["val"].t()
     product.meta["val"] = torch.empty(4, 5)
     graph.output((product,))
-    return Code(boxed_module(graph), (Read(-1), Read(-2)), (), (Demand(0, 4),), ())
+    return Code(graph, (Read(-1), Read(-2)), (), (Demand(0, 4),), ())
 
 
 def test_one_compilation_serves_every_slice_and_frees_what_it_is_given() -> None:

@@ -1,5 +1,6 @@
 """Language models of transformers that predict the next token: attention of many kinds, mixtures of experts, recurrences."""
 
+import functools
 from typing import Any
 
 import transformers
@@ -151,6 +152,6 @@ DECODERS = (
     Entry("GPT-OSS", "experts with biases, attention sinks", _gpt_oss, text),
     Entry("Mamba", "selective scan, depthwise convolution", _mamba, text),
     Entry("Mamba-2", "chunked scan with per-head parameters", _mamba2, text),
-    Entry("RWKV", "time mixing and decay, a recurrence", _rwkv, text),
+    Entry("RWKV", "time mixing and decay, a recurrence", _rwkv, functools.partial(text, tokens=6)),  # dozens of calls for every token
     Entry("RecurrentGemma", "gated linear recurrence, block-diagonal gates", _recurrent_gemma, text),
 )

@@ -156,7 +156,7 @@ def _arguments(code: Code) -> list[Any]:
     """Real arguments, one storage where the fake ones share it; integers are valid indices."""
     made: dict[int, torch.Tensor] = {}
     found: list[Any] = []
-    for node in code.module.graph.find_nodes(op="placeholder"):
+    for node in code.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             found.append(0)
@@ -194,7 +194,7 @@ def test_lowered_codes_take_what_is_predicted(name: str, option: str, freed: boo
     pairs = list(zip(lowering.segments, options, strict=True))
     codes = [lowering.backward(segment, demands(lowering, segment), name) for segment, name in pairs]
     codes += [_forward(lowering, code, *pair) for code, pair in zip(codes, pairs, strict=True)]
-    costs.measure(code.module.graph for code in codes)
+    costs.measure(code.graph for code in codes)
     for code in codes:
         groups = frozenset(code.footprint.inputs) if freed else NOTHING
         assert _measured(code, freed=freed) == code.footprint.transient_nbytes(groups, costs.temporary_nbytes)

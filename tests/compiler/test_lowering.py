@@ -94,7 +94,7 @@ def test_dropout_is_saved_and_never_drawn_again() -> None:
         gradients[option] = run(lowering, model, list(batch.values()), chunks, option)
         for segment in lowering.segments:
             code = lowering.backward(segment, demands(lowering, segment, sliced=False), option)
-            assert not [node for node in code.module.graph.nodes if "dropout" in str(node.target) and "backward" not in str(node.target)]
+            assert not [node for node in code.graph.nodes if "dropout" in str(node.target) and "backward" not in str(node.target)]
     for option in OPTIONS[1:]:
         for number in chunks:
             torch.testing.assert_close(gradients[option][number], gradients["save"][number], rtol=1e-4, atol=1e-5)
@@ -129,7 +129,7 @@ def test_no_node_has_the_shape_of_a_dense_gradient(option: str) -> None:
     shapes = {name: tuple(node.meta["val"].shape) for name, node in lowering.capture.gradients.items() if node.meta["val"].dim() == 2}
     chunks = {i: Rows(name, 1, 4, shape[0]) for i, (name, shape) in enumerate(shapes.items())}  # 3 rows: no weight has as many
     for code in assembled(lowering, chunks, option).codes:
-        for node in _computed(code.module.graph):
+        for node in _computed(code.graph):
             if code.demands and isinstance(node.meta["val"], torch.Tensor):
                 views = str(node.target).startswith(("aten.t.", "aten.transpose", "aten.permute", "aten.view"))
                 assert views or tuple(node.meta["val"].shape) not in shapes.values(), f"{node} in {option}"

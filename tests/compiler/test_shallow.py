@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.zoo import ZOO, Entry
 from benchmarks.zoo.trial import attempt
-from chunkft_compile import likeness
+from chunkft_compile import fakes, likeness
 from chunkft_compile.capture import Capture, capture
 from chunkft_compile.errors import CaptureError
 from chunkft_compile.shallow import capture_shallow
@@ -205,12 +205,14 @@ def test_all_blocks_are_traced_where_they_are_not_equal(what: str, caplog: pytes
 @pytest.mark.parametrize("what", [*COPIED, *(what for what, why in UNLIKE.items() if why != "no stack")])
 def test_what_need_not_be_asked_is_as_if_asked(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """See the note in `likeness`: the same rows, or the same doubt, where every call is made on fake tensors."""
-    again = Mock(wraps=likeness._make_again)
-    monkeypatch.setattr(likeness, "_make_again", again)
+    called = Mock(wraps=fakes.call)
+    monkeypatch.setattr(fakes, "call", called)
     quick = _rows(what)
-    assert again.called == (what not in ("a row more", "calls forward", "skip", "weight of the first"))
-    monkeypatch.setattr(likeness, "_made_from", lambda *_: None)
+    asked = Mock(side_effect=lambda *arguments: arguments[-1]())
+    monkeypatch.setattr(fakes, "call", asked)
+    monkeypatch.setattr(likeness, "how_made", lambda *_: None)
     assert quick == _rows(what)
+    assert (called.call_count < asked.call_count) == (what not in ("a row more", "calls forward", "skip", "weight of the first"))
 
 
 def _rows(what: str) -> object:

@@ -88,7 +88,7 @@ def _own_tensors(graph: fx.Graph) -> list[torch.Tensor]:
 
 def _is_made_dense(codes: tuple[Code, ...], dense: torch.Tensor) -> bool:
     """Whether a backward makes a tensor of this shape, or transposed, as a matrix product gives it."""
-    made = [t for code in codes if code.demands for t in _own_tensors(code.module.graph)]
+    made = [t for code in codes if code.demands for t in _own_tensors(code.graph)]
     return any(sorted(t.shape) == sorted(dense.shape) for t in made)
 
 

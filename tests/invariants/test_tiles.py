@@ -120,7 +120,7 @@ def _largest_nbytes(found: Bench, option: str) -> int:
     codes = {assembled.codes[call.code] for call in assembled.program.instructions if call.segment == last and call.code >= 0}
     sizes = []
     for code in codes:
-        nodes = list(code.module.graph.nodes)
+        nodes = list(code.graph.nodes)
         given_ = {storage for node in nodes if node.op == "placeholder" for storage in storages(node.meta["val"])}
         made = [storages(node.meta["val"]) for node in nodes if node.op == "call_function"]
         sizes += [nbytes for values in made for storage, nbytes in values.items() if storage not in given_]
