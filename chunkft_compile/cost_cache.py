@@ -22,7 +22,7 @@ from chunkft_compile.runtime.meter import CallCost
 
 logger = logging.getLogger("chunkft_compile")
 
-_VERSION = 2
+_VERSION = 3
 
 
 def fingerprint(device: torch.device) -> str:

@@ -44,6 +44,7 @@ class Lowering:
         self.partials = _partial_gradients(capture)
         self._codes: dict[object, Code] = {}
         self._regions: dict[int, Region | str] = {}
+        self._exports: dict[int, frozenset[int]] = {}
 
     def options(self, segment: Segment) -> tuple[str, ...]:
         """The options that `segment` has: `OPTIONS`, and tiled ones where its loss can be computed in token tiles."""
@@ -151,13 +152,18 @@ class Lowering:
 
     def exports(self, segment: Segment) -> frozenset[int]:
         """Positions of forward values that later forwards read or that the model returns."""
+        if segment.number not in self._exports:
+            self._exports[segment.number] = self._find_exports(segment)
+        return self._exports[segment.number]
 
+    def _find_exports(self, segment: Segment) -> frozenset[int]:
         def leaves(node: fx.Node) -> bool:
             return any(
                 user.op != "output" and is_forward(user) and self.owner.get(user, segment.number) != segment.number for user in node.users
             )
 
-        kept = {node for node in self.capture.outputs if isinstance(node, fx.Node)} | set(self.capture.mutations.values())
+        capture = self.capture
+        kept = {node for node in (*capture.outputs, *capture.mutations.values()) if isinstance(node, fx.Node)}
         return frozenset(i for i, node in enumerate(segment.nodes) if is_forward(node) and (node in kept or leaves(node)))
 
 

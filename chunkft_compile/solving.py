@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from chunkft_compile.planner import (
 from chunkft_compile.planner.drafts import rank
 from chunkft_compile.planner.explaining import budget_error, hardest_step
 from chunkft_compile.planner.grounds import leanest
-from chunkft_compile.planner.proving import least_pass_us, least_sweep_us
+from chunkft_compile.planner.proving import least_pass_us
 from chunkft_compile.planner.units import format_nbytes
 from chunkft_compile.writing import write_whole
 
@@ -91,28 +91,33 @@ def solve(compiled: Compiled, solving: Solving, *, accumulating: bool) -> tuple[
     faster: just above the smallest budget of a form there are many steps to a sweep, or much is computed again.
     """
     questions = forms(compiled, solving, accumulating=accumulating)
-    best: tuple[Problem, Schedule] | None = None
+    best: _Answer | None = None
     for problem in questions:
-        if best is not None and not _promises(problem, best[1], solving):
+        if best is not None and not _promises(problem, best.planned, solving):
             continue
         try:
-            found = problem, _solve(compiled, problem, solving)
+            found = _solve(compiled, problem, solving)
         except BudgetError:
             if best is None and problem is questions[-1]:
                 raise
             continue
-        best = found if best is None else min(best, found, key=lambda one: rank(one[1].steps, solving.prefer))
+        best = found if best is None else min(best, found, key=lambda one: rank(one.schedule.steps, solving.prefer))
     assert best is not None, "the last form fits or raises"
-    return best
+    return best.problem, best.schedule
+
+
+class _Answer(NamedTuple):
+    """A question, the best schedule by the times of the planner, and the best one with those of its programs."""
+
+    problem: Problem
+    planned: Schedule
+    schedule: Schedule
 
 
 def _promises(problem: Problem, schedule: Schedule, solving: Solving) -> bool:
-    """Whether the best that needs no search is a tenth better than a schedule, which was searched for and lowered."""
-    if solving.prefer == "time":
-        most_us = _FASTER * schedule.sweep_us
-        # where weights may move, the better of the bounds takes as long as the sketch
-        if least_pass_us(problem) > most_us or (problem.weights == (Placement.DEVICE,) and least_sweep_us(problem) > most_us):
-            return False
+    """Whether the best that needs no search is a tenth better than what a search found for another form; both by the planner's times."""
+    if solving.prefer == "time" and least_pass_us(problem) > _FASTER * schedule.sweep_us:
+        return False
     quick = sketch(problem, prefer=solving.prefer)
     if quick is None or len(quick.steps) > (solving.max_steps or len(quick.steps)):
         return False
@@ -121,7 +126,7 @@ def _promises(problem: Problem, schedule: Schedule, solving: Solving) -> bool:
     return quick.sweep_us <= _FASTER * schedule.sweep_us
 
 
-def _solve(compiled: Compiled, problem: Problem, solving: Solving) -> Schedule:
+def _solve(compiled: Compiled, problem: Problem, solving: Solving) -> _Answer:
     """The planner's best few are lowered: its times are bounds, and among plans that are close another may be the fastest."""
     found = plans(
         problem,
@@ -137,7 +142,7 @@ def _solve(compiled: Compiled, problem: Problem, solving: Solving) -> Schedule:
     schedule = min(exact, key=lambda schedule: (len(schedule.steps) if solving.prefer == "fresh" else 0, schedule.sweep_us))
     budget = problem.budget_nbytes
     assert schedule.peak_nbytes <= budget, f"the plan's exact peak of {schedule.peak_nbytes} bytes is over the budget of {budget}"
-    return schedule
+    return _Answer(problem, found[0], schedule)
 
 
 def explained_error(compiled: Compiled, problem: Problem, model: nn.Module) -> BudgetError:

@@ -1,6 +1,7 @@
 """The best options for given chunks: exact, by carrying the Pareto front of (saved bytes, time) upwards through the segments."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from chunkft_compile.planner.bounds import arriving_below, depth_of, gradients_at, held_update, peak_of, roles_of, waiting_nbytes, windows
@@ -130,7 +131,7 @@ _Point = tuple[int, int, _Link | None]  # saved bytes, microseconds, the names c
 def _pareto(points: list[_Point]) -> list[_Point]:
     """More saved bytes only where they buy time: ascending bytes, descending time."""
     kept: list[_Point] = []
-    for point in sorted(points, key=lambda point: point[:2]):
+    for point in sorted(points, key=itemgetter(0, 1)):
         if not kept or point[1] < kept[-1][1]:
             kept.append(point)
     return kept

@@ -25,19 +25,25 @@ class Work:
 
 def work_of(ground: Ground, chunks: Sequence[int], update: Update) -> Work:
     """The share of chunks in the time of a step."""
-    count = len(ground.problem.segments)
-    compute, transfers = [0] * count, [NO_TRANSFER] * count
-    update_us, moves = 0, NO_TRANSFER
+    problem, immediate = ground.problem, update is Update.IMMEDIATE
+    compute = [0] * len(problem.segments)
+    moving: dict[int, tuple[list[int], list[int]]] = {}  # hidden and exposed microseconds, by segment; the HELD update is segment -1
+    update_us = 0
     for index in chunks:
-        chunk = ground.problem.chunks[index]
+        chunk = problem.chunks[index]
         compute[chunk.segment] += chunk.grad_us
-        if update is Update.IMMEDIATE:
+        if immediate:
             compute[chunk.segment] += chunk.update_us
-            transfers[chunk.segment] += ground.state_moves[index] + ground.weight_out[index]
         else:
             update_us += chunk.update_us
-            moves += ground.state_moves[index] + ground.weight_in[index] + ground.weight_out[index]
-    return Work(tuple(compute), tuple(transfers), update_us, moves)
+        for move in (ground.state_moves[index], ground.weight_out[index], NO_TRANSFER if immediate else ground.weight_in[index]):
+            if move is not NO_TRANSFER:
+                hidden, exposed = moving.setdefault(chunk.segment if immediate else -1, ([], []))
+                hidden.append(move.hidden_us)
+                exposed.append(move.exposed_us)
+    sums = {place: Transfer(sum(hidden), sum(exposed)) for place, (hidden, exposed) in moving.items()}
+    transfers = tuple(sums.get(s, NO_TRANSFER) for s in range(len(compute)))
+    return Work(tuple(compute), transfers, update_us, sums.get(-1, NO_TRANSFER))
 
 
 def segment_us(ground: Ground, segment: int, cost: Cost, role: Role, work: Work) -> int:

@@ -101,15 +101,20 @@ class OptimizerCost:
         return OptimizerCost(name, larger, (second, later), {**self.tables, **other.tables})
 
 
-def optimizers_of(leaves: Iterable[nn.Parameter]) -> list[Optimizer]:
-    """Live optimizers that hold at least one of `leaves`.
+def live_optimizers() -> list[Optimizer]:
+    """All optimizers of this process.
 
     torch keeps no list of them, so this asks the garbage collector. It runs when a plan is made, not at every step.
     """
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+
+
+def optimizers_of(leaves: Iterable[nn.Parameter], among: Sequence[Optimizer] | None = None) -> list[Optimizer]:
+    """Live optimizers, or of those `among` these, that hold at least one of `leaves`."""
+    among = live_optimizers() if among is None else among
     wanted = {id(leaf) for leaf in leaves}
-    found = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
-    inner = {id(getattr(o, "optimizer", None)) for o in found}  # a wrapper (accelerate) forwards to the one it holds
-    holders = [o for o in found if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
+    inner = {id(getattr(o, "optimizer", None)) for o in among}  # a wrapper (accelerate) forwards to the one it holds
+    holders = [o for o in among if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
     wrappers = [o for o in holders if isinstance(getattr(o, "optimizer", None), Optimizer) and id(o) not in inner]
     return [o for o in holders if o not in wrappers]
 

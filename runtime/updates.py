@@ -27,7 +27,7 @@ from chunkft_compile.runtime.chunks import Chunk
 from chunkft_compile.runtime.guard import Watch
 from chunkft_compile.runtime.immediate import Applier
 from chunkft_compile.runtime.moving import StateMover
-from chunkft_compile.runtime.optimizers import is_stepping, optimizers_of
+from chunkft_compile.runtime.optimizers import is_stepping, live_optimizers, optimizers_of
 from chunkft_compile.runtime.precision import Rounding, WideStep
 from chunkft_compile.runtime.supported import refuse_unsupported
 from chunkft_compile.runtime.untraced import pause, resume, untraced
@@ -73,18 +73,24 @@ class Updater:
         ids = (id(p) for group in optimizer.param_groups for p in group["params"])
         return [self._number[i] for i in ids if i in self._number]
 
+    def _look_around(self) -> tuple[list[Optimizer], list[Optimizer]]:
+        """The live optimizers over chunks, after adopting those over parameters if `adopts`, and those over parameters that are left."""
+        live = live_optimizers()
+        over_weights = optimizers_of((chunk.weight for chunk in self._chunks), live)
+        for optimizer in over_weights if self.adopts else ():
+            adopt(optimizer, self._chunks)
+        return optimizers_of((chunk.leaf for chunk in self._chunks), live), [] if self.adopts else over_weights
+
     def check_coverage(self) -> list[Optimizer]:
         """All optimizers over the chunks, after adopting those over the parameters if `adopts`.
 
         Raises `ValueError` if a chunk is in none or in two, `TypeError` for one that is unsupported."""
-        for optimizer in optimizers_of(chunk.weight for chunk in self._chunks) if self.adopts else ():
-            adopt(optimizer, self._chunks)
-        found = optimizers_of(chunk.leaf for chunk in self._chunks)
+        found, strangers = self._look_around()
         if len(found) > 1:
+            del found, strangers
             gc.collect()  # an optimizer that was replaced may still wait for the collector
-            found = optimizers_of(chunk.leaf for chunk in self._chunks)
-        strangers = [] if found else optimizers_of(chunk.weight for chunk in self._chunks)
-        if strangers:
+            found, strangers = self._look_around()
+        if strangers and not found:
             raise ValueError(
                 f"{type(strangers[0]).__name__} misses every chunk: it holds the parameters of the wrapped model, which get no gradients. "
                 f"Build it from model.parameters() of the compiled model"
