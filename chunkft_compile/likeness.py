@@ -257,11 +257,11 @@ def _run(
     made: list["weakref.ref[torch.Tensor]"],
 ) -> _Run:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = {id(tensor): _fake(mode, tensor) for tensor in (*model.parameters(), *model.buffers())}
+    fake_of = {id(tensor): _fake(mode, tensor) for tensor in (*model.parameters(), *model.buffers())}
     inputs = [_fake(mode, tensor) for tensor in batch]
-    named = {id(fakes[id(tensor)]): stack.block_of(name) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    named = {id(fake_of[id(tensor)]): stack.block_of(name) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     recorder = _Recorder(depth, mode, named | {id(tensor): (None, str(position)) for position, tensor in enumerate(inputs)})
-    copied = _copied(model, stack, depth, fakes)
+    copied = _copied(model, stack, depth, fake_of)
     for block, module in enumerate(copied.get_submodule(stack.path).children()):
         _watch(module, recorder, block)
     try:
@@ -273,9 +273,9 @@ def _run(
     return _Run(recorder.parts, found, recorder.have_common)
 
 
-def _copied(model: nn.Module, stack: Stack, depth: int, fakes: Mapping[int, torch.Tensor]) -> nn.Module:
+def _copied(model: nn.Module, stack: Stack, depth: int, fake_of: Mapping[int, torch.Tensor]) -> nn.Module:
     """A copy of the model with its first blocks, over fake weights. What forward does to it, it does not do to the model."""
-    memo: dict[int, Any] = dict(fakes)
+    memo: dict[int, Any] = dict(fake_of)
     for module in model.modules():  # other tensors stay: they may be large, and are compared by what they are
         memo |= {id(value): value for value in vars(module).values() if isinstance(value, torch.Tensor)}
     memo |= {id(block): nn.Identity() for block in list(stack.blocks.children())[depth:]}
@@ -287,8 +287,7 @@ def _copied(model: nn.Module, stack: Stack, depth: int, fakes: Mapping[int, torc
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    fake = Made(tuple(tensor.shape), tensor.stride(), 0, tensor.dtype, tensor.device, None).again(mode, [])
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake.requires_grad_(tensor.requires_grad)
 
 
