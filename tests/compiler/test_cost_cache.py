@@ -115,13 +115,13 @@ def test_keys_do_not_depend_on_the_process() -> None:
         "{",
         "[]",
         "null",
-        '{"version": 2}',
-        '{"version": 2, "calls": []}',
-        '{"version": 2, "calls": {"a": [1, 2]}}',
-        '{"version": 2, "calls": {"a": [1, 2, NaN]}}',
-        '{"version": 2, "calls": {"a": [-1, 2, 3.0]}}',
-        '{"version": 2, "calls": {"a": [1.5, 2, 3.0]}}',
-        '{"version": 2, "calls": {"a": [1, 2, true]}}',
+        '{"version": 3}',
+        '{"version": 3, "calls": []}',
+        '{"version": 3, "calls": {"a": [1, 2]}}',
+        '{"version": 3, "calls": {"a": [1, 2, NaN]}}',
+        '{"version": 3, "calls": {"a": [-1, 2, 3.0]}}',
+        '{"version": 3, "calls": {"a": [1.5, 2, 3.0]}}',
+        '{"version": 3, "calls": {"a": [1, 2, true]}}',
         '{"version": 99, "calls": {"a": [1, 2, 3.0]}}',
         "[" * 100_000,
     ],
@@ -134,7 +134,7 @@ def test_a_broken_file_is_written_anew(text: str, directory: Path) -> None:
     assert cache.load() == {}
     cache.add(ONE)
     assert cache.load() == ONE
-    assert json.loads(file.read_text())["version"] == 2
+    assert json.loads(file.read_text())["version"] == 3
 
 
 def test_two_writers_keep_each_others_calls_and_leave_no_litter(directory: Path) -> None:
