@@ -9,7 +9,7 @@ from benchmarks.zoo.trial import attempt
 from tests.support.allocator import allocator_or_skip
 
 QUICK = {"MLP", "Mixtral", "ViT"}
-"""One of each sort is in the default run; all of them: `pytest -k zoo`."""
+"""One of each sort is in the default run; all of them: `pytest -k zoo -n 2`."""
 
 
 @pytest.mark.timeout(120)
