@@ -1,12 +1,12 @@
 """Why a budget is too small, what would be enough, and what would help."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from chunkft_compile.planner.bounds import Load, loads
 from chunkft_compile.planner.grounds import Ground, leanest
-from chunkft_compile.planner.options import best_step, fits, smallest_for
-from chunkft_compile.planner.problem import BudgetError, Chunk, Placement, Problem, Step, StepsError, Update
+from chunkft_compile.planner.options import best_step, each_fits, fits, smallest_for, sorts
+from chunkft_compile.planner.problem import BudgetError, Placement, Problem, Step, StepsError, Update
 from chunkft_compile.planner.units import format_nbytes
 
 
@@ -23,8 +23,7 @@ def smallest_budget(problem: Problem) -> tuple[int, str]:
 
 def fits_at_all(problem: Problem) -> bool:
     """Is there a schedule? See `smallest_budget`."""
-    ground = leanest(problem)
-    return all(fits(ground, [index], problem.budget_nbytes) for index in _distinct(problem))
+    return each_fits(leanest(problem), problem.budget_nbytes)
 
 
 def hardest_step(problem: Problem) -> Step:
@@ -92,20 +91,10 @@ def alternatives(problem: Problem, *, streaming: bool) -> dict[str, Problem]:
 def _hardest_chunk(ground: Ground) -> tuple[int, int]:
     """The chunk whose own step needs the largest budget, and that budget."""
     hardest, nbytes = -1, 0
-    for index in _distinct(ground.problem):
+    for index in sorts(ground):
         if hardest < 0 or not fits(ground, [index], nbytes):  # most chunks fit what an earlier one needs: one cheap test
             hardest, nbytes = index, smallest_for(ground, [index], nbytes)
     return hardest, nbytes
-
-
-def _distinct(problem: Problem) -> Iterator[int]:
-    """One chunk of each sort; what its name and its times are makes no difference to memory."""
-    seen: set[Chunk] = set()
-    for index, chunk in enumerate(problem.chunks):
-        sort = replace(chunk, name="", grad_us=0, update_us=0)
-        if sort not in seen:
-            seen.add(sort)
-            yield index
 
 
 def _binding_load(ground: Ground, index: int, nbytes: int) -> Load:

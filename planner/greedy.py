@@ -11,17 +11,14 @@ from itertools import groupby
 
 from chunkft_compile.planner.bounds import depth_of
 from chunkft_compile.planner.grounds import Ground
-from chunkft_compile.planner.options import best_step, fits
+from chunkft_compile.planner.options import best_step, each_fits, fits
 from chunkft_compile.planner.problem import Chunk, Problem, Step
 
 
 def greedy_steps(ground: Ground) -> tuple[Step, ...] | None:
     """Steps that train every chunk once, deepest first; None where some chunk does not fit alone."""
-    problem, budget_nbytes = ground.problem, ground.problem.budget_nbytes
-    different = {(c.segment, c.first, c.grad_nbytes, ground.update_nbytes[index]): index for index, c in enumerate(problem.chunks)}
-    if not all(fits(ground, [index], budget_nbytes) for index in different.values()):
-        return None
-    bins = greedy_bins(ground, budget_nbytes)
+    budget_nbytes = ground.problem.budget_nbytes
+    bins = greedy_bins(ground, budget_nbytes) if each_fits(ground, budget_nbytes) else None
     return steps_of(ground, bins, budget_nbytes) if bins is not None else None
 
 

@@ -1,6 +1,6 @@
 """The best options for given chunks: exact, by carrying the Pareto front of (saved bytes, time) upwards through the segments."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -34,6 +34,19 @@ def best_step(ground: Ground, chunks: Sequence[int], budget_nbytes: int, *, poin
 def fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int) -> bool:
     """Is there any choice of options and update within the budget? Exact."""
     return any(_fits(ground, chunks, budget_nbytes, update) for update in ground.problem.updates)
+
+
+def sorts(ground: Ground) -> Collection[int]:
+    """One chunk of each sort, the first. The others are like it in all that decides what fits; names and times do not."""
+    found: dict[tuple[int, ...], int] = {}
+    for index, chunk in enumerate(ground.problem.chunks):
+        found.setdefault((chunk.segment, chunk.first, chunk.grad_nbytes, ground.update_nbytes[index]), index)
+    return found.values()
+
+
+def each_fits(ground: Ground, budget_nbytes: int) -> bool:
+    """Does every chunk fit in a step of its own? Exact."""
+    return all(fits(ground, [index], budget_nbytes) for index in sorts(ground))
 
 
 def _fits(ground: Ground, chunks: Sequence[int], budget_nbytes: int, update: Update) -> bool:

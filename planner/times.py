@@ -26,24 +26,17 @@ class Work:
 def work_of(ground: Ground, chunks: Sequence[int], update: Update) -> Work:
     """The share of chunks in the time of a step."""
     problem, immediate = ground.problem, update is Update.IMMEDIATE
-    compute = [0] * len(problem.segments)
-    moving: dict[int, tuple[list[int], list[int]]] = {}  # hidden and exposed microseconds, by segment; the HELD update is segment -1
-    update_us = 0
+    count = len(problem.segments)
+    compute, transfers = [0] * (count + 1), [NO_TRANSFER] * (count + 1)  # of the segments, and last of the HELD update
     for index in chunks:
         chunk = problem.chunks[index]
+        place = chunk.segment if immediate else -1
         compute[chunk.segment] += chunk.grad_us
-        if immediate:
-            compute[chunk.segment] += chunk.update_us
-        else:
-            update_us += chunk.update_us
+        compute[place] += chunk.update_us
         for move in (ground.state_moves[index], ground.weight_out[index], NO_TRANSFER if immediate else ground.weight_in[index]):
-            if move is not NO_TRANSFER:
-                hidden, exposed = moving.setdefault(chunk.segment if immediate else -1, ([], []))
-                hidden.append(move.hidden_us)
-                exposed.append(move.exposed_us)
-    sums = {place: Transfer(sum(hidden), sum(exposed)) for place, (hidden, exposed) in moving.items()}
-    transfers = tuple(sums.get(s, NO_TRANSFER) for s in range(len(compute)))
-    return Work(tuple(compute), transfers, update_us, sums.get(-1, NO_TRANSFER))
+            if move is not NO_TRANSFER:  # most do not move, and planning asks a hundred thousand times
+                transfers[place] += move
+    return Work(tuple(compute[:-1]), tuple(transfers[:-1]), compute[-1], transfers[-1])
 
 
 def segment_us(ground: Ground, segment: int, cost: Cost, role: Role, work: Work) -> int:
