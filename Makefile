@@ -76,6 +76,7 @@ bench: $(INSTALLED) ## every figure of README.md (about three hours on two cores
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.lengths
 	$(BIN)/python -m benchmarks.depth
+	$(BIN)/python -m benchmarks.depth --layers 12 32 --backend inductor --share 4
 	$(BIN)/python -m benchmarks.seven_b --work build --again  # 72 GB of disk, half an hour
 
 clean: ## remove the environment, caches and everything built

@@ -26,28 +26,37 @@ class Made(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
     dtype: torch.dtype
     device: torch.device
-    argument: int | None
+    argument: int | None = None
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor, argument: int | None = None) -> "Made":
+        """As a tensor is laid out."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, argument)
 
     def again(self, fake_mode: FakeTensorMode, read: Sequence[torch.Tensor]) -> FakeTensor:
         """The result where `read` are the argument tensors."""
-        return FakeTensor(fake_mode, self._bare(read), self.device)
+        if self.argument is not None:
+            return self.inside(fake_mode, read[self.argument].untyped_storage())
+        return FakeTensor(fake_mode, self._alone(), self.device)
 
-    def fits(self, result: torch.Tensor, read: Sequence[torch.Tensor]) -> bool:
-        """Whether the storage of `result` is what `again` makes."""
-        return self.argument is not None or (
-            self.offset == 0 and result.untyped_storage().nbytes() == self._bare(read).untyped_storage().nbytes()
-        )
-
-    def _bare(self, read: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The memory behind a fake tensor: without any."""
+    def inside(self, fake_mode: FakeTensorMode, storage: torch.UntypedStorage) -> FakeTensor:
+        """The same layout in a given storage, that of a fake tensor or one on "meta"."""
         with torch._C._DisableTorchDispatch():
-            if self.argument is None:
-                return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-            storage = read[self.argument].untyped_storage()
-            return torch.empty(0, dtype=self.dtype, device="meta").set_(storage, self.offset, self.shape, self.stride)
+            bare = torch.empty(0, dtype=self.dtype, device="meta").set_(storage, self.offset, self.shape, self.stride)
+        return FakeTensor(fake_mode, bare, self.device)
+
+    def fits(self, result: torch.Tensor) -> bool:
+        """Whether the storage of `result` is what `again` makes."""
+        own = self.argument is None
+        return not own or (self.offset == 0 and result.untyped_storage().nbytes() == self._alone().untyped_storage().nbytes())
+
+    def _alone(self) -> torch.Tensor:
+        """What is behind a fake tensor in a storage of its own: no memory."""
+        with torch._C._DisableTorchDispatch():
+            return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 def how_made(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Made | None:
@@ -60,9 +69,8 @@ def how_made(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: 
     shared = [number for number, tensor in enumerate(read) if tensor.untyped_storage()._cdata == storage._cdata]
     if any(tensor is result for tensor in read) or result.is_conj() or result.is_neg():
         return None
-    layout = tuple(result.shape), result.stride(), result.storage_offset(), result.dtype, result.fake_device
-    made = Made(*layout, shared[0] if shared else None)
-    return made if made.fits(result, read) else None
+    made = Made.like(result, shared[0] if shared else None)
+    return made if made.fits(result) else None
 
 
 def tensors_of(args: Iterable[Any]) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-# Private (2.13.0): there is no public way to see the operators that a model calls, nor to make a fake tensor in a given storage.
+# Private (2.13.0): there is no public way to see the operators that a model calls.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from chunkft_compile import fakes
@@ -287,7 +287,7 @@ def _copied(model: nn.Module, stack: Stack, depth: int, fake_of: Mapping[int, to
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    fake = Made(tuple(tensor.shape), tensor.stride(), 0, tensor.dtype, tensor.device, None).again(mode, [])
+    fake = Made.like(tensor)._replace(offset=0).again(mode, [])
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake.requires_grad_(tensor.requires_grad)
 
 

@@ -16,12 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
-
-# Private (2.13.0): a fake tensor in a given storage. Calling operators for that would take as long as tracing.
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from chunkft_compile.capture import Capture
+from chunkft_compile.fakes import Made
 from chunkft_compile.segments import is_forward
 from chunkft_compile.stacks import Stack
 from chunkft_compile.traced import MODEL
@@ -293,15 +291,11 @@ class _Repeater:
             else:
                 storage = old.untyped_storage()
             same = not is_copy and storage._cdata == old.untyped_storage()._cdata
-            made.append(old if same else self._fake(old, storage))
+            made.append(old if same else Made.like(old).inside(self._old.fake_mode, storage))
             return made[-1]
 
         value = node.meta["val"]
         return fake(value) if isinstance(value, torch.Tensor) else pytree.tree_map_only(torch.Tensor, fake, value)
-
-    def _fake(self, like: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-        bare = torch.empty(0, dtype=like.dtype, device="meta").set_(storage, like.storage_offset(), like.shape, like.stride())
-        return FakeTensor(self._old.fake_mode, bare, like.device)
 
     def _later(self, node: fx.Node, deep: int | None) -> int:
         """How much later the operation of a node runs than in the shallow model."""
